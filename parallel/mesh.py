@@ -1,0 +1,105 @@
+"""Where each rank sits: pipeline x data x context, with expert groups inside data x context.
+
+World size = pipeline * data * context; the pipeline is the outermost dimension, so the data-parallel ranks of a stage,
+and with them the members of an expert group, are consecutive and share nodes. Passing a `Mesh` replaces global state.
+Neighbours: `replicas` builds the groups that hold a copy of a parameter from it, `pipeline` its peers.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+
+@dataclass
+class Mesh:
+    """One rank's view of the world. Widths in ranks; `node_size` ranks share a node."""
+
+    pipeline: int
+    data: int
+    context: int
+    expert: int
+    rank: int
+    node_size: int
+    _groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = field(default_factory=dict, repr=False)
+
+    # -- coordinates
+    @property
+    def width(self) -> int:
+        """Ranks at one pipeline position."""
+        return self.data * self.context
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.pipeline * self.width
+
+    @property
+    def pipeline_rank(self) -> int:
+        """Position in the pipeline."""
+        return self.rank // self.width
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the global batch this rank's pipeline works on."""
+        return self.rank % self.width // self.context
+
+    @property
+    def expert_rank(self) -> int:
+        """Position in the expert group."""
+        return self.rank % self.width % self.expert
+
+    @property
+    def node(self) -> int:
+        """Number of this rank's node."""
+        return self.rank // self.node_size
+
+    def peer(self, pipeline_rank: int) -> int:
+        """Global rank at another position of this rank's pipeline."""
+        return pipeline_rank * self.width + self.rank % self.width
+
+    # -- sets of ranks
+    def expert_ranks(self) -> tuple[int, ...]:
+        """This rank's expert group: consecutive ranks that together hold all experts of their stages."""
+        first = self.rank - self.expert_rank
+        return tuple(range(first, first + self.expert))
+
+    def line(self, column: int) -> tuple[int, ...]:
+        """The ranks of one pipeline, in order."""
+        return tuple(position * self.width + column for position in range(self.pipeline))
+
+    def replicas(self, positions: Iterable[int], expert_rank: int | None) -> tuple[int, ...]:
+        """Ranks that hold the same parameters of stages that live at these pipeline positions.
+
+        Dense ones are on all data ranks; those of experts only where the position in the expert group is `expert_rank`.
+        """
+        return tuple(
+            position * self.width + column
+            for position in sorted(positions)
+            for column in range(self.width)
+            if expert_rank is None or column % self.expert == expert_rank
+        )
+
+    # -- process groups
+    def make_groups(self, use: str, sets: Iterable[tuple[int, ...]]) -> None:
+        """Make one process group for each set of ranks. Every rank of the world makes all of them, in the same order."""
+        for ranks in sets:
+            group = dist.new_group(list(ranks), group_desc=use)
+            if self.rank in ranks:
+                self._groups[ranks, use] = group
+
+    def group(self, ranks: tuple[int, ...], use: str) -> dist.ProcessGroup:
+        """The group that `make_groups` made of `ranks` for `use`."""
+        return self._groups[ranks, use]
+
+    def connect(self) -> None:
+        """Make the groups that a step needs besides those of replicas: experts, and one for each direction of travel."""
+        starts = range(0, self.world_size, self.expert)
+        self.make_groups("all-to-all", (tuple(range(first, first + self.expert)) for first in starts))
+        if self.pipeline > 1:
+            for use in ("travel right", "travel left"):
+                self.make_groups(use, (self.line(column) for column in range(self.width)))
+
+    def travel(self, source: int, target: int) -> dist.ProcessGroup:
+        """The group that carries messages from pipeline position `source` to `target`."""
+        return self.group(self.line(self.rank % self.width), "travel right" if target > source else "travel left")

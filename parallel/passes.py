@@ -1,0 +1,283 @@
+"""A pass is a generator: the forward or backward of one micro-batch through one stage.
+
+It yields an effect each time it has put a communication in flight or needs the host, and waits for it when it is
+resumed. Running one pass = exhausting it; running an `F&B` pair = `merge`, by a fixed table. A stage is a list of
+segments with named inputs and outputs: `Local` ones compute, each in an autograd graph of its own; `Exchange` ones
+(parallel/experts) move tokens to their experts and back. The tape remembers what backward needs, segment by segment.
+
+      B   combine(B)>| mlp(B)      dispatch(B)> mlp(W) | attention(B)  combine(B)> attention(W) | ...
+      F               attention(F) dispatch(F)>        | mlp(F)       combine(F)>              | attention(F) ...
+
+(`>`: in flight, waited for at the start of the same pass's next turn.) Both passes share one communicator; each
+turn ends with the next communication in flight, so every rank of an expert group issues the same collectives in the
+same order whatever the timing. Source: report section 3.2.1 and figure 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from kernels.linear import WeightGrads
+
+
+# ---------------------------------------------------------------- effects
+@dataclass(frozen=True)
+class Comm:
+    """A communication is in flight; whoever yielded it waits for it when resumed. `bytes` leave this rank."""
+
+    name: str
+    work: Any
+    bytes: int
+    group: Any
+
+
+@dataclass(frozen=True)
+class HostSync:
+    """The host is about to read something that is on its way to it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A compute segment begins."""
+
+    name: str
+    layer: int
+
+
+Effect = Comm | HostSync | Compute
+Pass = Generator[Effect, None, Any]
+
+
+# ---------------------------------------------------------------- what a pass works on
+@dataclass
+class Microbatch:
+    """One micro-batch on its way through the stages.
+
+    tokens: [sequences, T+1] int64 where the first or last stage needs them. seeds: gradient of the step's objective with
+    respect to each raw loss sum. sums: raw loss sums are added here, in the widest dtype (shared by all micro-batches of
+    a step). training: False runs forward only, without tape, leaving router counts untouched.
+    """
+
+    index: int
+    tokens: Tensor | None
+    seeds: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    training: bool = True
+
+    def add(self, loss: str, value: Tensor) -> None:
+        """Add a raw loss sum of this micro-batch to the step's total."""
+        value = value.detach().double()
+        self.sums[loss] = self.sums[loss] + value if loss in self.sums else value
+
+
+Values = dict[str, Any]
+
+
+class Segment(Protocol):
+    """A piece of a stage. `forward` reads and writes `values` by name; it returns what its backward needs."""
+
+    name: str
+    layer: int
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+    def forward(self, values: Values, batch: Microbatch, stage: int) -> Pass: ...
+
+    def backward(self, record: Any, grads: Values, batch: Microbatch, stage: int) -> Pass: ...
+
+
+class Stage(Protocol):
+    """What the executor needs of a stage: its number, its place and its segments."""
+
+    index: int
+    is_first: bool
+    is_last: bool
+    segments: Sequence[Segment]
+
+
+def add_grad(grads: Values, name: str, grad: Tensor | None) -> None:
+    """Add one consumer's gradient of the value called `name`."""
+    if grad is not None:
+        grads[name] = grads[name] + grad if name in grads else grad
+
+
+def leaf(value: Any) -> Any:
+    """A value cut from the graph that made it: the input of a segment's own graph. What has no gradient is passed on."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().requires_grad_()
+    return value
+
+
+@dataclass
+class Local:
+    """A compute segment: one autograd graph from detached inputs to outputs and raw losses.
+
+    run(batch, *inputs) returns one value for each name in `writes`, then one scalar for each name in `losses`. A loss is
+    an extra root of the graph; its gradient is `batch.seeds[name]`.
+    """
+
+    name: str
+    layer: int
+    run: Callable[..., Sequence[Any]]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    losses: tuple[str, ...] = ()
+
+    def forward(self, values: Values, batch: Microbatch, stage: int) -> Pass:
+        """Compute; returns the inputs and the gradient edges of the outputs (the outputs themselves are not kept)."""
+        yield Compute(self.name, self.layer)
+        if batch.training:
+            inputs = {name: leaf(values[name]) for name in self.reads}
+            results = self.run(batch, *inputs.values())
+        else:
+            inputs = {}
+            with torch.no_grad():
+                results = self.run(batch, *(values[name] for name in self.reads))
+        edges: dict[str, GradientEdge] = {}
+        for name, result in zip(self.writes + self.losses, results, strict=True):
+            if isinstance(result, Tensor) and result.requires_grad:
+                edges[name] = get_gradient_edge(result)
+                result = result.detach()
+            if name in self.losses:
+                batch.add(name, result)
+            else:
+                values[name] = result
+        return inputs, edges
+
+    def backward(self, record: Any, grads: Values, batch: Microbatch, stage: int) -> Pass:
+        """Walk this segment's graph: gradients of the outputs are taken from `grads`, those of the inputs added to it."""
+        yield Compute(self.name + ".B", self.layer)
+        inputs, edges = record
+        roots, seeds = [], []
+        for name in self.writes:
+            grad = grads.pop(name, None)
+            if grad is not None and name in edges:
+                roots.append(edges[name])
+                seeds.append(grad)
+        for name in self.losses:
+            if name in edges:
+                roots.append(edges[name])
+                seeds.append(torch.tensor(batch.seeds[name], dtype=batch.sums[name].dtype))
+        if roots:
+            torch.autograd.backward(roots, _like_roots(roots, seeds))
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                add_grad(grads, name, value.grad)
+
+
+def _like_roots(roots: list[GradientEdge], seeds: list[Tensor]) -> list[Tensor]:
+    """Seeds in the dtype and on the device of the values they belong to."""
+    metas = [root.node._input_metadata[root.output_nr] for root in roots]
+    return [seed.to(device=meta.device, dtype=meta.dtype) for seed, meta in zip(seeds, metas, strict=True)]
+
+
+@dataclass
+class Sum:
+    """`write` = the sum of `reads`: the residual stream takes up a layer's results. Every input gets the same gradient."""
+
+    name: str
+    layer: int
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+    def forward(self, values: Values, batch: Microbatch, stage: int) -> Pass:
+        """Add in the order of `reads`."""
+        yield Compute(self.name, self.layer)
+        first, *rest = (values[name] for name in self.reads)
+        for value in rest:
+            first = first + value
+        values[self.writes[0]] = first
+
+    def backward(self, record: Any, grads: Values, batch: Microbatch, stage: int) -> Pass:
+        """Hand the gradient of the sum to every summand."""
+        yield Compute(self.name + ".B", self.layer)
+        grad = grads.pop(self.writes[0], None)
+        for name in self.reads:
+            add_grad(grads, name, grad)
+
+
+# ---------------------------------------------------------------- passes
+Tape = list[tuple[Segment, Any]]
+
+
+def live_after(segments: Sequence[Segment]) -> list[set[str]]:
+    """For each segment the names that somebody still reads after it; forward lets the others go."""
+    live, needed = [], {"hidden"}
+    for segment in reversed(segments):
+        live.append(needed)
+        needed = (needed - set(segment.writes)) | set(segment.reads)
+    return live[::-1]
+
+
+def forward(stage: Stage, hidden: Tensor | None, batch: Microbatch, tape: Tape) -> Pass:
+    """Forward of one micro-batch through `stage`; returns what the next stage receives (None from the last).
+
+    hidden: [sequences, T, D] from the stage before; None on the first. The tape grows by one entry a segment.
+    """
+    values: Values = {} if hidden is None else {"hidden": hidden}
+    for segment, live in zip(stage.segments, live_after(stage.segments), strict=True):
+        record = yield from segment.forward(values, batch, stage.index)
+        if batch.training:
+            tape.append((segment, record))
+        for name in values.keys() - live:
+            del values[name]
+    return None if stage.is_last else values["hidden"]
+
+
+def backward(stage: Stage, grad: Tensor | None, batch: Microbatch, tape: Tape, weights: WeightGrads, split: bool) -> Pass:
+    """Backward of one micro-batch through `stage`; returns the gradient that the stage before receives.
+
+    Weight gradients run while a communication is in flight; with `split` (an `I`) they stay in `weights.now` for the
+    caller to defer. Those made after the last communication are left there in either case: the executor first sends the
+    result. The tape shrinks as the pass goes, so that memory comes back segment by segment.
+    """
+    grads: Values = {} if grad is None else {"hidden": grad}
+    while tape:
+        segment, record = tape.pop()
+        for effect in segment.backward(record, grads, batch, stage.index):
+            if isinstance(effect, Comm) and not split:
+                weights.run()
+            yield effect
+    return grads.get("hidden")
+
+
+# ---------------------------------------------------------------- running passes
+def merge(*passes: Pass, watch: Callable[[Effect], None] = lambda effect: None) -> list[Any]:
+    """Run the passes to their ends, taking turns; returns their results in the order given.
+
+    A turn ends when the pass has put a communication in flight, or has ended; a host read or a segment border does not
+    end it. Of a pair the backward comes first, which gives the order of the figure in this module's head. Passes of
+    unequal length (layer counts that differ, MTP) take turns while both last; what is left of the longer one runs by
+    itself. If a pass raises, all are closed and what they have in flight is waited for.
+    """
+    results: list[Any] = [None] * len(passes)
+    in_flight: dict[int, Comm] = {}
+    live = dict(enumerate(passes))
+    try:
+        while live:
+            for position, one in list(live.items()):
+                try:
+                    while not isinstance(effect := next(one), Comm):
+                        watch(effect)
+                    watch(effect)
+                    in_flight[position] = effect
+                except StopIteration as end:
+                    results[position] = end.value
+                    del live[position]
+    except BaseException:
+        for one in passes:
+            one.close()
+        for effect in in_flight.values():
+            with suppress(RuntimeError):
+                effect.work.wait()
+        raise
+    return results

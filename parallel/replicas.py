@@ -1,0 +1,46 @@
+"""A parameter knows its replicas: the ranks that hold a copy follow from its stages and from whether experts shard it.
+
+Gradient reduction, ZeRO-1, the gradient norm and checkpoints are all "reduce, shard, count or save over the replica
+set". DualPipe's mirrored copies (stage s lives at positions s and P-1-s), data parallelism and a tied embedding (used by
+the first stage and by MTP on the last) are no special cases. Parameters are gathered into buckets by (replica set,
+kind), ordered by (stage, name): ranks that hold the same two stages in opposite order flatten them alike.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from parallel.experts.shard import ExpertShard
+from parallel.mesh import Mesh
+from parallel.zero import Bucket
+
+
+def homes(placement: Sequence[Sequence[int]], stages: set[int]) -> tuple[int, ...]:
+    """Pipeline positions that hold any of `stages`; placement[position] = stages there."""
+    return tuple(position for position, held in enumerate(placement) if stages & set(held))
+
+
+def buckets(
+    mesh: Mesh, placement: Sequence[Sequence[int]], stages: Mapping[int, nn.Module], shared: Mapping[str, set[int]]
+) -> list[Bucket]:
+    """Group this rank's parameters; every rank of the world calls this at the same time, for it makes process groups.
+
+    stages: the modules held here, by stage number. shared: for a tied parameter, all stages that use it (anywhere).
+    """
+    numbers = {number for held in placement for number in held}
+    places = sorted({homes(placement, users) for users in [*({number} for number in numbers), *shared.values()]})
+    mesh.make_groups("dense", (mesh.replicas(place, None) for place in places))
+    mesh.make_groups("experts", (mesh.replicas(place, rank) for place in places for rank in range(mesh.expert)))
+
+    found: dict[tuple[tuple[int, ...], str], dict[tuple[int, str], nn.Parameter]] = {}
+    for number, stage in stages.items():
+        for name, parameter in stage.named_parameters():
+            users = shared.get(name, {number})
+            sharded = isinstance(parameter, ExpertShard)
+            ranks = mesh.replicas(homes(placement, users), mesh.expert_rank if sharded else None)
+            found.setdefault((ranks, "experts" if sharded else "dense"), {})[min(users), name] = parameter
+    made = []
+    for (ranks, kind), held in sorted(found.items(), key=lambda item: item[0]):  # replicas reduce in one order
+        parameters = {name: parameter for (_, name), parameter in sorted(held.items(), key=lambda item: item[0])}
+        made.append(Bucket(ranks, kind, mesh.group(ranks, kind), parameters))
+    return made

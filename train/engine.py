@@ -1,0 +1,172 @@
+"""The model as it lives on this rank, and the phases of a step that run across ranks.
+
+`Engine` puts together what `parallel` and `train.model` define: mesh, stages, pipeline, expert dispatch, ZeRO-1. It
+knows nothing of data files, time or metrics; the trainer's loop calls its phases in order.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.linear import Numerics, attach_main_grads
+from parallel import schedule
+from parallel.experts import AllToAll, Dispatcher, LocalExperts
+from parallel.mesh import Mesh
+from parallel.passes import Microbatch
+from parallel.pipeline import Pipeline
+from parallel.replicas import buckets
+from parallel.zero import ZeRO1
+from train.model.init import initialise
+from train.model.router import Router
+from train.model.stage import EMBEDDING, build, embedding_stages, split_layers
+from train.optim import MOMENTS, AdamW16
+from train.recipe import Recipe
+
+LOSSES = ("loss", "mtp_loss", "balance_loss")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What one step, or one evaluation, added up over the whole global batch.
+
+    losses: raw sums by name. loads: router number -> tokens that chose each expert, FP64 [E].
+    """
+
+    losses: dict[str, float]
+    loads: dict[int, Tensor]
+
+
+class Engine:
+    """One rank's stages, pipeline and optimizer; parameters initialised by name, equal in every layout."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        """The default process group exists; its size is the layout's. Every rank constructs its Engine at the same time."""
+        layout, model = recipe.parallel, recipe.model
+        self.recipe, self.device = recipe, device
+        self.numerics = Numerics(recipe.precision)
+        self.mesh = Mesh(
+            layout.pipeline,
+            layout.data,
+            layout.context,
+            layout.expert,
+            rank=dist.get_rank(),
+            node_size=layout.node_size or layout.world_size,
+        )
+        self.mesh.connect()
+        self.dispatcher = self._dispatcher()
+        self.program = cache(partial(schedule.build, layout.schedule, layout.pipeline))
+        program = self.program(recipe.microbatches(recipe.train.batch.start))
+        layers = split_layers(model, program.stages, layout.layers_per_stage)
+        local = model.n_routed_experts // layout.expert
+        held = program.placement[self.mesh.pipeline_rank]
+        with torch.device(device):
+            experts = self.mesh.expert_rank * local, local
+            self.stages = build(model, self.numerics, self.dispatcher, held, layers, experts)
+        for stage in self.stages.values():
+            initialise(stage, recipe.train.seed, model.initializer_range)
+        tied = {EMBEDDING: embedding_stages(model, program.stages)}
+        self.buckets = buckets(self.mesh, program.placement, self.stages, tied)
+        optim = recipe.optim
+        rules = {"betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+        adamw = partial(AdamW16, moments=MOMENTS[optim.moments], **rules)
+        self.optimizer = ZeRO1(self.buckets, adamw, clip=optim.clip, wide=self.numerics.main_grad_dtype)
+        for stage in self.stages.values():
+            attach_main_grads(stage, self.numerics.main_grad_dtype)
+        self.pipeline = Pipeline(self.mesh, self.stages, self.numerics.weight_grads, self.numerics.dtype, device)
+
+    def _dispatcher(self) -> Dispatcher:
+        """How tokens reach their experts in this layout."""
+        experts = self.recipe.model.n_routed_experts
+        if self.mesh.expert == 1:
+            return LocalExperts(experts)
+        return AllToAll(experts, self.mesh.group(self.mesh.expert_ranks(), "all-to-all"))
+
+    # -- the batch
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether this rank feeds or scores micro-batches."""
+        return any(stage.is_first or stage.is_last for stage in self.stages.values())
+
+    def sequences(self, batch: int) -> dict[int, range]:
+        """Which sequences (numbered in the global batch of `batch`) each micro-batch of this rank's pipeline has."""
+        size = self.recipe.parallel.microbatch_size
+        microbatches = self.recipe.microbatches(batch)
+        first = self.mesh.data_rank * microbatches
+        return {mb: range((first + mb) * size, (first + mb + 1) * size) for mb in range(microbatches)}
+
+    def seeds(self, batch: int, mtp_weight: float) -> dict[str, float]:
+        """Gradient of the objective by each raw loss sum: L_main + lambda/D sum_k L_k + alpha mean_sequences(L_bal)."""
+        train = self.recipe.train
+        tokens = batch * train.sequence_length
+        depths = max(self.recipe.model.num_nextn_predict_layers, 1)
+        return {
+            "loss": 1 / tokens,
+            "mtp_loss": mtp_weight / (depths * tokens),
+            "balance_loss": train.balance_alpha / batch,
+        }
+
+    # -- the phases of a step
+    def forward_backward(self, tokens: Mapping[int, Tensor], batch: int, mtp_weight: float) -> Totals:
+        """Run the step's program; gradients are in `main_grad` afterwards, summed over this rank's micro-batches.
+
+        tokens: [sequences, T+1] int64 of each micro-batch, where `needs_tokens`. batch: sequences of the global batch.
+        """
+        return self._run(tokens, batch, self.seeds(batch, mtp_weight), training=True)
+
+    def evaluate(self, tokens: Mapping[int, Tensor], batch: int) -> Totals:
+        """Forward only, through the same program; router counts and biases stay as they are."""
+        return self._run(tokens, batch, {}, training=False)
+
+    def update(self, lr: float, bias_speed: float, totals: Totals) -> tuple[bool, float]:
+        """Reduce, clip and apply the gradients, and move the router biases; returns (applied, gradient norm).
+
+        A gradient that is not finite anywhere leaves everything everywhere as it was.
+        """
+        self.optimizer.reduce_gradients()
+        norm = self.optimizer.grad_norm()
+        applied = self.optimizer.step(lr, norm)
+        if applied:
+            self.numerics.bump()
+            for number, router in self.routers().items():
+                router.balance(totals.loads[number].to(self.device), bias_speed)
+        return applied, float(norm)
+
+    def routers(self) -> dict[int, Router]:
+        """The routers held here by global layer number."""
+        return {number: router for stage in self.stages.values() for number, router in stage.routers().items()}
+
+    # -- inside
+    def _run(self, tokens: Mapping[int, Tensor], batch: int, seeds: dict[str, float], training: bool) -> Totals:
+        microbatches = self.recipe.microbatches(batch)
+        program = self.program(microbatches)
+        if not training:
+            program = program.evaluation()
+        sums: dict[str, Tensor] = {}
+        batches = {mb: Microbatch(mb, tokens.get(mb), seeds, sums, training) for mb in range(microbatches)}
+        layout, train = self.recipe.parallel, self.recipe.train
+        shape = (layout.microbatch_size, train.sequence_length, self.recipe.model.hidden_size)
+        self.pipeline.step(program, batches, shape)
+        return self._totals(sums)
+
+    def _totals(self, sums: Mapping[str, Tensor]) -> Totals:
+        """Add up losses and router loads over the world, and clear the loads.
+
+        Each micro-batch is scored, and each token routed by each layer, on exactly one rank: one sum in FP64 counts all.
+        """
+        model = self.recipe.model
+        numbers = [n for n in range(model.num_hidden_layers + model.num_nextn_predict_layers) if model.is_moe(n)]
+        routers = self.routers()
+        idle = torch.zeros(model.n_routed_experts, dtype=torch.float64)
+        loads = [routers[n].load.double() if n in routers else idle.to(self.device) for n in numbers]
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        flat = torch.cat([torch.stack([sums.get(name, zero) for name in LOSSES]), *loads])
+        dist.all_reduce(flat)
+        for router in routers.values():
+            router.load.zero_()
+        losses = dict(zip(LOSSES, flat[: len(LOSSES)].tolist(), strict=True))
+        shares: Sequence[Tensor] = flat[len(LOSSES) :].cpu().split(model.n_routed_experts)
+        return Totals(losses, dict(zip(numbers, shares, strict=True)))

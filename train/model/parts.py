@@ -1,0 +1,67 @@
+"""The small parts that layers are made of: a linear that knows its precision, a norm, SwiGLU.
+
+Parameter names are Hugging Face's: each part owns one `weight`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.linear import Numerics, linear
+from kernels.norm import rms_norm
+from kernels.swiglu import swiglu
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias. Under FP8 all three GEMMs are block-scaled, unless `fp8` is False (report section 3.3)."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        numerics: Numerics,
+        *,
+        fp8: bool = True,
+        power_of_two: bool = False,
+        wide_out: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=numerics.dtype))
+        self.numerics, self.fp8, self.power_of_two, self.wide_out = numerics, fp8, power_of_two, wide_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., inputs] to [..., outputs]."""
+        options = {"fp8": self.fp8, "power_of_two": self.power_of_two, "wide_out": self.wide_out}
+        return linear(x, (self.weight,), self.numerics, **options)[0]
+
+
+def together(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """Several linears of one input, which is then quantised once."""
+    first = layers[0]
+    return linear(x, [layer.weight for layer in layers], first.numerics, fp8=first.fp8)
+
+
+class Norm(nn.Module):
+    """RMSNorm with a gain; statistics in FP32."""
+
+    def __init__(self, width: int, eps: float, numerics: Numerics) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, dtype=numerics.dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] to the same shape."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): the dense feed-forward network, and the shared expert."""
+
+    def __init__(self, width: int, inner: int, numerics: Numerics) -> None:
+        super().__init__()
+        self.gate_proj = Linear(width, inner, numerics)
+        self.up_proj = Linear(width, inner, numerics)
+        self.down_proj = Linear(inner, width, numerics)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] to the same shape."""
+        return self.down_proj(swiglu(*together(x, self.gate_proj, self.up_proj)))
