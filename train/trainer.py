@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.errors import UserError
-from train import data
-from train.checkpoint import Checkpoints
+from train import checkpoint, data
 from train.data.sampler import row_ids
 from train.engine import Engine, Totals
 from train.metrics import Metrics
@@ -35,10 +34,9 @@ class Trainer:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         self.directory = Path(recipe.run.dir) / str(recipe.run.name)
-        sizes = {"vocab_size": recipe.model.vocab_size, "sequence_length": recipe.train.sequence_length}
-        self.data = data.load(recipe.data, **sizes, seed=recipe.train.seed)
+        self.data = open_data(recipe)
         self.engine = Engine(recipe, device)
-        self.checkpoints = Checkpoints(self.directory / "checkpoints", recipe.checkpoint.keep_last)
+        self.checkpoints = self.directory / "checkpoints"
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0
         resumed = self.resume()
         self.metrics = Metrics(recipe, self.directory, resumed) if dist.get_rank() == 0 else None
@@ -104,16 +102,17 @@ class Trainer:
 
     # -- what is seen
     def evaluate(self) -> None:
-        """Mean cross-entropy on the first `train.eval_rows` held-out rows, forward only."""
+        """Mean cross-entropy on `train.eval_rows` held-out rows, forward only, beside a unigram model's on the same rows."""
         asked = self.recipe.train.eval_rows
         if not asked:
             return
         if asked > len(self.data.heldout):
             raise UserError(f"train.eval_rows={asked}: expected at most {len(self.data.heldout)}, the held-out rows there are")
-        totals = self.engine.evaluate(self.fetch(self.data.heldout, list(range(asked)), asked), asked)
+        ids = row_ids(0, asked, len(self.data.heldout), seed=0)  # always the same ones, from many documents
+        totals = self.engine.evaluate(self.fetch(self.data.heldout, ids, asked), asked)
         if self.metrics:
-            losses = self.means(totals, asked)
-            self.metrics.evaluation(self.step, self.tokens, losses["loss"], self.data.unigram_nats)
+            unigram = self.data.unigram(self.data.heldout[ids])
+            self.metrics.evaluation(self.step, self.tokens, self.means(totals, asked)["loss"], unigram)
 
     def means(self, totals: Totals, batch: int) -> dict[str, float]:
         """Losses as they are reported: cross-entropies per predicted token, balance loss per sequence (before alpha)."""
@@ -139,7 +138,11 @@ class Trainer:
         violations = {number: max_violation(load) for number, load in totals.loads.items()}
         if violations:
             record["max_violation"] = max(violations.values())
-        self.metrics.step(record, violations)
+        self.metrics.step(record, violations, self.biases() if self.due(self.recipe.log.bias_every) else None)
+
+    def biases(self) -> dict[int, list[float]]:
+        """The biases of the routers on this rank, by layer."""
+        return {number: router.e_score_correction_bias.tolist() for number, router in self.engine.routers().items()}
 
     # -- checkpoints
     def state(self) -> dict[str, Any]:
@@ -150,20 +153,24 @@ class Trainer:
         }
         return {**self.engine.optimizer.state_dict(), "router_bias": biases}
 
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that takes it up."""
+        seed = self.recipe.train.seed
+        return {"model": asdict(self.recipe.model), "train": {"seed": seed}, "data": self.data.fingerprint}
+
     def save(self) -> None:
         """Commit a checkpoint of this step."""
-        meta = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "model": asdict(self.recipe.model)}
-        meta |= {"seed": self.recipe.train.seed, "data": self.data.fingerprint}
+        meta = {**self.identity(), "tokens": self.tokens, "skipped": self.skipped}
         meta["wandb_id"] = self.metrics.wandb_id if self.metrics else None
-        self.checkpoints.save(self.step, self.state(), meta)
+        checkpoint.save(self.checkpoints, self.step, self.state(), meta, self.recipe.checkpoint.keep_last)
 
     def resume(self) -> dict[str, Any] | None:
-        """Take up the checkpoint that `checkpoint.resume` names; returns its meta data, or None for a fresh start."""
-        step = self.checkpoints.choose(self.recipe.checkpoint.resume)
+        """Take up the checkpoint that `checkpoint.resume` names; returns its description, or None for a fresh start."""
+        step = checkpoint.resume_step(self.checkpoints, self.recipe.checkpoint.resume)
         if step is None:
             return None
         state = self.state()
-        meta = self.checkpoints.load(step, state)
+        meta = checkpoint.load(self.checkpoints, step, state, self.identity())
         self.engine.optimizer.load_state_dict(state)
         self.engine.numerics.bump()
         self.step, self.tokens, self.skipped = meta["step"], meta["tokens"], meta["skipped"]
@@ -175,6 +182,15 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def open_data(recipe: Recipe) -> data.Prepared:
+    """The prepared rows; the first rank of each node prepares them if they are not there yet."""
+    arguments = {"vocab_size": recipe.model.vocab_size, "sequence_length": recipe.train.sequence_length}
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        data.prepare(recipe.data, **arguments, seed=recipe.train.seed)
+    dist.barrier()
+    return data.load(recipe.data, **arguments, seed=recipe.train.seed)
 
 
 def start_process_group(recipe: Recipe) -> torch.device:

@@ -1,0 +1,104 @@
+"""The backend that defines what FP8 means, in plain PyTorch, on any device.
+
+out = sum over blocks of 128 along K of (a_block @ b_block) x scale of a's tile x scale of b's tile, all in FP32: products of
+E4M3 values are exact, and scales are applied outside the product, every 128, as Hopper's kernels promote their sums (report section
+3.3.2). Codes may come widened to FP32, which is how weights are kept between two optimizer steps.
+
+Legend: `M` rows, `N` output width, `K` contracted width, `T` tokens, `E` experts.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.fp8.formats import ROWS, TILE, round_to_e4m3, split, tile_scales, widen
+from kernels.gemm import BF16Units
+
+
+def prepare_weight(codes: Tensor) -> Tensor:
+    """Weights in the form that the GEMMs read fastest."""
+    return widen(codes)
+
+
+def linear(x: Tensor, x_scales: Tensor, weights: list[Tensor], weight_scales: list[Tensor]) -> list[Tensor]:
+    """Fprop: x [M, K] in 1x128 tiles, each weight [N, K] in 128x128 blocks -> FP32 [M, N] each."""
+    x = widen(x)
+    return [_gemm(x, x_scales, w.t(), s.t()) for w, s in zip(map(widen, weights), weight_scales, strict=True)]
+
+
+def linear_dgrad(
+    dys: list[Tensor], dy_scales: list[Tensor], weights: list[Tensor], weight_scales: list[Tensor]
+) -> Tensor:
+    """Dgrad: sum of dy [M, N] in 1x128 tiles @ weight [N, K] with the blocks of Fprop -> FP32 [M, K]."""
+    operands = zip(map(widen, dys), dy_scales, map(widen, weights), weight_scales, strict=True)
+    return sum((_gemm(*operand) for operand in operands), start=torch.zeros(()))
+
+
+def linear_wgrad(x: Tensor, x_scales: Tensor, dys: list[Tensor], dy_scales: list[Tensor], out: list[Tensor]) -> None:
+    """Wgrad: out [N, K] += dy^T @ x, both requantised in 128x1 tiles over their T tokens."""
+    counts = [x.shape[0]]
+    columns = _requantize(x, x_scales, counts)
+    for dy, scales, main_grad in zip(dys, dy_scales, out, strict=True):
+        _accumulate_over_tokens(main_grad, *_requantize(dy, scales, counts), *columns)
+
+
+def grouped_linear(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, counts: list[int]) -> Tensor:
+    """Fprop of each expert's rows: x [R, K], weight [E, N, K] -> FP32 [R, N]."""
+    return _grouped_gemm(x, x_scales, widen(weight).transpose(1, 2), weight_scales.transpose(1, 2), counts)
+
+
+def grouped_dgrad(dy: Tensor, dy_scales: Tensor, weight: Tensor, weight_scales: Tensor, counts: list[int]) -> Tensor:
+    """Dgrad of each expert's rows: dy [R, N], weight [E, N, K] -> FP32 [R, K]."""
+    return _grouped_gemm(dy, dy_scales, widen(weight), weight_scales, counts)
+
+
+def grouped_wgrad(
+    x: Tensor, x_scales: Tensor, dy: Tensor, dy_scales: Tensor, out: Tensor, counts: list[int]
+) -> None:
+    """Wgrad of each expert: out[e] [N, K] += dy^T @ x over its rows; 128x1 tiles begin anew at every expert."""
+    x_values, x_tiles = _requantize(x, x_scales, counts)
+    dy_values, dy_tiles = _requantize(dy, dy_scales, counts)
+    first = 0
+    for main_grad, count in zip(out.unbind(), counts, strict=True):
+        tiles = slice(first, first + -(-count // TILE))
+        rows = slice(first * TILE, first * TILE + count)
+        if count:
+            _accumulate_over_tokens(main_grad, dy_values[rows], dy_tiles[tiles], x_values[rows], x_tiles[tiles])
+        first = tiles.stop
+
+
+def _gemm(a_MK: Tensor, a_scales: Tensor, b_KN: Tensor, b_scales: Tensor) -> Tensor:
+    """a [M, K] with a scale for every row and block of K, b [K, N] with a scale for every 128x128 block."""
+    b_scales = b_scales.repeat_interleave(TILE, 1)[:, : b_KN.shape[1]]
+    out: Tensor | None = None
+    with BF16Units(a_MK):
+        for a, b, a_scale, b_scale in zip(
+            a_MK.split(TILE, 1), b_KN.split(TILE, 0), a_scales.split(1, 1), b_scales, strict=True
+        ):
+            partial = torch.mm(a, b).mul_(a_scale)
+            out = partial.mul_(b_scale) if out is None else out.addcmul_(partial, b_scale)
+    assert out is not None
+    return out
+
+
+def _grouped_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, counts: list[int]) -> Tensor:
+    operands = zip(widen(a).split(counts), a_scales.split(counts), b.unbind(), b_scales.unbind(), counts, strict=True)
+    parts = [_gemm(*operand) for *operand, count in operands if count]
+    return torch.cat(parts) if parts else torch.empty(0, b.shape[2], device=b.device)
+
+
+def _requantize(codes_RC: Tensor, scales: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """1x128 tiles over columns -> 128x1 tiles over the rows of each group: values [tiles x 128, C], scales [tiles, C]."""
+    C = codes_RC.shape[1]
+    x = (split(widen(codes_RC), ROWS) * scales.unsqueeze(-1).unsqueeze(-3)).view(-1, scales.shape[1] * TILE)[:, :C]
+    if any(count % TILE for count in counts):
+        filling = x.new_zeros(TILE, C)
+        x = torch.cat([part for rows, n in zip(x.split(counts), counts, strict=True) for part in (rows, filling[: -n % TILE])])
+    tiles = x.reshape(-1, TILE, C)
+    column_scales = tile_scales(tiles.abs().amax(1), power_of_two=False)
+    return round_to_e4m3(tiles.div_(column_scales.unsqueeze(1))).view(-1, C), column_scales
+
+
+def _accumulate_over_tokens(out_NK: Tensor, dy_TN: Tensor, dy_scales: Tensor, x_TK: Tensor, x_scales: Tensor) -> None:
+    with BF16Units(out_NK):
+        for dy, dy_scale, x, x_scale in zip(dy_TN.split(TILE), dy_scales, x_TK.split(TILE), x_scales, strict=True):
+            out_NK.addcmul_(torch.mm(dy.t(), x).mul_(dy_scale.unsqueeze(1)), x_scale)

@@ -1,0 +1,327 @@
+"""What a run is: the structured configuration that every key of a recipe must fit.
+
+`Recipe` is a tree of dataclasses, one for each group of keys. A dataclass checks itself in `check()`; what spans
+several of them (does the batch fill the pipelines, do the experts fill their ranks) is in `Recipe.validate()`, which
+shows its arithmetic. Nothing here touches a process group. The words that a user types become a `Recipe` in
+`train.compose`; model, data and optimizer describe themselves in `train.model.config`, `train.data.config` and
+`train.optim`.
+"""
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from parallel.errors import UserError
+from parallel.schedule import SCHEDULES
+from train.data.config import DataConfig
+from train.model.config import ModelConfig
+from train.optim import OptimConfig
+
+PRECISIONS = ("fp8", "bf16", "fp32", "fp64")
+
+
+@dataclass
+class ParallelConfig:
+    """Where the model lives: world size = pipeline x data x context, expert groups inside data x context."""
+
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    expert: int = 1
+    schedule: str = "1f1b"
+    microbatch_size: int = 1
+    microbatches: int | None = None  # a pipeline's share of a step; null: derived from the batch
+    node_size: int | None = None  # ranks of a node; null: the launcher's local world size
+    layers_per_stage: list[int] | None = None  # null: as even as possible by cost
+    timeout_seconds: float = 600.0
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that this layout needs."""
+        return self.pipeline * self.data * self.context
+
+    @property
+    def even(self) -> int:
+        """What the schedule asks micro-batches to be a multiple of: DualPipe feeds a pipeline from both ends."""
+        return 2 if self.schedule == "dualpipe" else 1
+
+    def check(self) -> None:
+        at_least(
+            1, "parallel", self, "pipeline", "data", "context", "expert", "microbatch_size", "microbatches", "node_size"
+        )
+        one_of("parallel.schedule", self.schedule, SCHEDULES)
+        if self.context != 1:
+            raise UserError(f"parallel.context={self.context}: expected 1; context parallelism does not exist yet")
+        if self.pipeline % self.even:
+            raise UserError(
+                f"parallel.pipeline={self.pipeline}: expected an even number for "
+                f"parallel.schedule={self.schedule}, whose ranks hold stages in mirrored pairs"
+            )
+        if self.microbatches and self.microbatches % self.even:
+            raise UserError(
+                f"parallel.microbatches={self.microbatches}: expected an even number for "
+                f"parallel.schedule={self.schedule}, which feeds half of them at each end"
+            )
+        width = self.data * self.context
+        if width % self.expert:
+            raise UserError(
+                f"parallel.expert={self.expert}: expected a divisor of parallel.data={self.data} x "
+                f"parallel.context={self.context} = {width}"
+            )
+        if self.node_size and self.node_size < self.world_size and self.world_size % self.node_size:
+            raise UserError(
+                f"parallel.node_size={self.node_size}: expected a divisor of the world size, "
+                f"pipeline {self.pipeline} x data {self.data} x context {self.context} = {self.world_size}"
+            )
+        if self.timeout_seconds <= 0:
+            raise UserError(f"parallel.timeout_seconds={self.timeout_seconds}: expected more than 0")
+
+    def check_world(self, processes: int) -> None:
+        """Raise `UserError` unless `processes` is the number that this layout needs."""
+        if processes != self.world_size:
+            raise UserError(
+                f"processes started: {processes}; expected parallel.pipeline={self.pipeline} x "
+                f"parallel.data={self.data} x parallel.context={self.context} = {self.world_size}"
+            )
+
+
+@dataclass
+class BatchConfig:
+    """Sequences in the global batch: from `start` to `end` over `ramp_tokens` tokens, in multiples of `multiple_of`."""
+
+    start: int = 8
+    end: int = 8
+    ramp_tokens: int = 0
+    multiple_of: int = 8
+
+    def check(self) -> None:
+        at_least(1, "train.batch", self, "start", "end", "multiple_of")
+        at_least(0, "train.batch", self, "ramp_tokens")
+        for name in ("start", "end"):
+            if getattr(self, name) % self.multiple_of:
+                raise UserError(
+                    f"train.batch.{name}={getattr(self, name)}: expected a multiple of "
+                    f"train.batch.multiple_of={self.multiple_of}"
+                )
+        if self.end < self.start:
+            raise UserError(f"train.batch.end={self.end}: expected at least train.batch.start={self.start}")
+
+
+@dataclass
+class TrainConfig:
+    """How long and on what terms. A schedule is `[[tokens_from, value], ...]` and starts at 0 tokens.
+
+    (Its type says list[Any] because OmegaConf refuses whole numbers inside nested lists of floats.)
+    """
+
+    steps: int | None = None
+    tokens: int | None = None  # the smaller of both ends the run
+    seed: int = 0
+    sequence_length: int = 4096
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    mtp_weight: list[Any] = field(default_factory=lambda: [[0, 0.3]])
+    bias_speed: list[Any] = field(default_factory=lambda: [[0, 0.001]])
+    balance_alpha: float = 1e-4
+    eval_every: int = 0  # steps between evaluations on held-out rows, beside the one at the end
+    eval_rows: int = 0  # held-out rows of an evaluation; 0: none
+    max_skips: int = 10  # steps in a row with a non-finite gradient before the run gives up
+    threads: int | None = None  # of one process; null: cores / processes
+
+    def check(self) -> None:
+        if self.steps is None and self.tokens is None:
+            raise UserError("train.steps=null and train.tokens=null: expected at least one of them to end the run")
+        at_least(1, "train", self, "steps", "tokens", "sequence_length", "max_skips", "threads")
+        at_least(0, "train", self, "seed", "balance_alpha", "eval_every", "eval_rows")
+        self.batch.check()
+        check_schedule("train.mtp_weight", self.mtp_weight)
+        check_schedule("train.bias_speed", self.bias_speed)
+
+
+@dataclass
+class CheckpointConfig:
+    """Steps between checkpoints (0: none), how many are kept, and what a start resumes: auto, never or a step."""
+
+    every: int = 0
+    keep_last: int = 2
+    resume: int | str = "auto"
+
+    def check(self) -> None:
+        at_least(0, "checkpoint", self, "every")
+        at_least(1, "checkpoint", self, "keep_last")
+        if self.resume not in ("auto", "never") and not (isinstance(self.resume, int) and self.resume >= 0):
+            raise UserError(f"checkpoint.resume={self.resume}: expected auto, never or the number of a step")
+
+
+@dataclass
+class RunConfig:
+    """The run lives in `dir/name`; a null name becomes the recipe's."""
+
+    name: str | None = None
+    dir: str = "runs"
+
+    def check(self) -> None:
+        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
+            raise UserError(
+                f"run.name={self.name}: expected the name of one folder, without a slash (run.dir holds it)"
+            )
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases: `disabled`, `offline` (kept in the run directory) or `online`."""
+
+    mode: str = "disabled"
+    project: str = "weft"
+    entity: str | None = None
+
+    def check(self) -> None:
+        one_of("wandb.mode", self.mode, ("disabled", "offline", "online"))
+
+
+@dataclass
+class LogConfig:
+    """Steps between lines on the console, and between records of every router's biases (0: none)."""
+
+    every: int = 1
+    bias_every: int = 0
+
+    def check(self) -> None:
+        at_least(1, "log", self, "every")
+        at_least(0, "log", self, "bias_every")
+
+
+@dataclass
+class Recipe:
+    """Everything that a run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    precision: str = "bf16"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def microbatches(self, sequences: int, key: str = "train.batch.start") -> int:
+        """Micro-batches of one pipeline for a global batch of `sequences`. Raises `UserError` naming `key`."""
+        p = self.parallel
+        quantum = p.data * p.microbatch_size * p.even
+        if sequences < 1 or sequences % quantum:
+            factors = f"parallel.data={p.data} x parallel.microbatch_size={p.microbatch_size}"
+            factors += f" x 2 (parallel.schedule={p.schedule} takes micro-batches in pairs)" if p.even == 2 else ""
+            raise UserError(f"{key}={sequences}: expected a multiple of {factors} = {quantum}")
+        return sequences // (p.data * p.microbatch_size)
+
+    def validate(self) -> "Recipe":
+        """Check every part, then what spans several. Raises `UserError`; returns itself."""
+        one_of("precision", self.precision, PRECISIONS)
+        for part in (
+            self.model,
+            self.data,
+            self.parallel,
+            self.train,
+            self.optim,
+            self.checkpoint,
+            self.run,
+            self.wandb,
+            self.log,
+        ):
+            part.check()
+        self._check_batch()
+        self._check_model()
+        return self
+
+    def _check_batch(self) -> None:
+        batch, p = self.train.batch, self.parallel
+        for name in ("start", "end", "multiple_of"):
+            self.microbatches(getattr(batch, name), f"train.batch.{name}")
+        if self.train.eval_rows:
+            self.microbatches(self.train.eval_rows, "train.eval_rows")
+        if p.microbatches is None:
+            return
+        for name in ("start", "end"):
+            derived = self.microbatches(getattr(batch, name))
+            if p.microbatches != derived:
+                raise UserError(
+                    f"parallel.microbatches={p.microbatches}: expected null or "
+                    f"train.batch.{name}={getattr(batch, name)} / (parallel.data={p.data} x "
+                    f"parallel.microbatch_size={p.microbatch_size}) = {derived}"
+                )
+
+    def _check_model(self) -> None:
+        model, p = self.model, self.parallel
+        if model.n_routed_experts % p.expert:
+            raise UserError(
+                f"parallel.expert={p.expert}: expected a divisor of model.n_routed_experts={model.n_routed_experts} "
+                f"({model.n_routed_experts} / {p.expert} = {model.n_routed_experts / p.expert:.2f} experts a rank)"
+            )
+        if model.num_hidden_layers < p.pipeline:
+            raise UserError(
+                f"parallel.pipeline={p.pipeline}: expected at most model.num_hidden_layers={model.num_hidden_layers}, "
+                "a layer for each of its stages"
+            )
+        per_stage = p.layers_per_stage
+        if per_stage is not None and (
+            len(per_stage) != p.pipeline or min(per_stage) < 1 or sum(per_stage) != model.num_hidden_layers
+        ):
+            raise UserError(
+                f"parallel.layers_per_stage={per_stage}: {len(per_stage)} stages, {sum(per_stage)} layers; expected "
+                f"parallel.pipeline={p.pipeline} stages of at least 1 layer, "
+                f"model.num_hidden_layers={model.num_hidden_layers} in all (MTP modules come on top of the last)"
+            )
+        length = self.train.sequence_length
+        if not model.num_nextn_predict_layers < length <= model.max_position_embeddings:
+            raise UserError(
+                f"train.sequence_length={length}: expected more than model.num_nextn_predict_layers="
+                f"{model.num_nextn_predict_layers} and at most "
+                f"model.max_position_embeddings={model.max_position_embeddings}"
+            )
+        if self.data.vocab_size is not None and self.data.vocab_size > model.vocab_size:
+            raise UserError(
+                f"data.vocab_size={self.data.vocab_size}: expected at most model.vocab_size={model.vocab_size}, or null"
+            )
+
+    def summary(self) -> str:
+        """The layout and the batch in one line, with the arithmetic."""
+        p, batch = self.parallel, self.train.batch
+        return (
+            f"{p.world_size} processes = pipeline {p.pipeline} x data {p.data} x context {p.context}, "
+            f"experts over {p.expert}; {p.schedule}, {self.precision}; {batch.start} sequences of "
+            f"{self.train.sequence_length} tokens a step = data {p.data} x "
+            f"{self.microbatches(batch.start)} micro-batches of {p.microbatch_size}"
+        )
+
+
+def at_least(minimum: float, section: str, config: Any, *names: str) -> None:
+    """Raise `UserError` naming the first of `section`'s keys that is set and below `minimum`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= minimum:
+            raise UserError(f"{section}.{name}={value}: expected at least {minimum}")
+
+
+def one_of(key: str, value: str, choices: Any) -> None:
+    """Raise `UserError` with a suggestion unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"{key}={value}: expected one of {', '.join(choices)}{did_you_mean(value, choices)}")
+
+
+def did_you_mean(word: str, choices: Any) -> str:
+    """`; did you mean 'x'?` for the choice nearest to `word`, or nothing."""
+    near = get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def check_schedule(key: str, rows: list[Any]) -> None:
+    """Raise `UserError` unless `rows` is `[[0, value], [tokens_from, value], ...]` in rising order of tokens."""
+    starts = [row[0] for row in rows if is_pair(row)]
+    if not rows or len(starts) != len(rows) or starts[0] != 0 or starts != sorted(set(starts)):
+        raise UserError(f"{key}={rows}: expected [[0, value], [tokens_from, value], ...] in rising order of tokens")
+
+
+def is_pair(row: Any) -> bool:
+    """Whether `row` is a list of two numbers."""
+    return isinstance(row, list) and len(row) == 2 and all(type(item) in (int, float) for item in row)
