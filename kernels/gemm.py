@@ -1,29 +1,33 @@
 """GEMMs whose result is wider than their operands: BF16 (or FP8) values in, FP32 sums out.
 
-Weight gradients accumulate straight into FP32, and logits leave in FP32, without ever passing through BF16. CPUs have no
-such GEMM by name. But products of BF16 values are exact in FP32, so the operands are widened and multiplied as FP32
+Weight gradients accumulate straight into FP32, and logits leave in FP32, without ever passing through BF16. PyTorch has
+no such GEMM for CPUs. But products of BF16 values are exact in FP32, so the operands are widened and multiplied as FP32
 while oneDNN may use its BF16 units: the same numbers, at the speed of BF16.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.ops import Cost, op, size
 
+_onednn: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
 
 class BF16Units:
     """Inside, FP32 GEMMs on the CPU may use BF16 units: exact as long as every operand holds BF16 values."""
 
     def __init__(self, operand: Tensor) -> None:
-        self.precision = None if operand.is_cuda else torch.backends.mkldnn.matmul.fp32_precision
+        self.precision = None if operand.is_cuda else _onednn.fp32_precision
 
     def __enter__(self) -> None:
         if self.precision is not None:
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+            _onednn.fp32_precision = "bf16"
 
     def __exit__(self, *exception: object) -> None:
         if self.precision is not None:
-            torch.backends.mkldnn.matmul.fp32_precision = self.precision
+            _onednn.fp32_precision = self.precision
 
 
 def accumulate(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
@@ -47,9 +51,12 @@ def _cost(a: Tensor, b: Tensor, out: Tensor) -> Cost:
 )
 def wide_mm(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b in `dtype`, with sums that never leave it."""
-    out = a_MK.new_zeros(a_MK.shape[0], b_KN.shape[1], dtype=dtype)
-    accumulate(out, a_MK, b_KN)
-    return out
+    if a_MK.dtype == dtype:
+        return torch.mm(a_MK, b_KN)
+    if a_MK.is_cuda:
+        return torch.mm(a_MK, b_KN, out_dtype=dtype)
+    with BF16Units(a_MK):
+        return torch.mm(a_MK.to(dtype), b_KN.to(dtype))
 
 
 @op(

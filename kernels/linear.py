@@ -1,8 +1,9 @@
 """Linear layers whose weight gradient can wait.
 
 Backward computes the input gradient at once and leaves the weight gradient as a closure on `Numerics.weight_grads`; the
-pipeline runs it in place (`B`), or defers it (`I` ... `W`), or uses it to fill a communication (`F&B`). A closure adds to the
-weight's FP32 `main_grad`, straight from the GEMM. `Numerics` says in which precision all linears of one rank compute.
+pipeline runs it in place (`B`), or defers it (`I` ... `W`), or fills a communication with it (`F&B`). A closure adds to
+the weight's FP32 `main_grad`, straight from the GEMM, and holds its operands and nothing else: inputs are detached, or
+they would keep the whole graph before them alive. `Numerics` says in which precision all linears of a rank compute.
 """
 
 from collections import deque
@@ -13,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import gemm
 from kernels import fp8 as fp8_kernels
+from kernels import gemm
 
 
 class WeightGrads:
-    """Weight gradients that wait: `now` are those of the backward in progress, `groups` the queue between `I` and `W`."""
+    """Weight gradients that wait: `now` holds those of the backward in progress, `groups` those between `I` and `W`."""
 
     def __init__(self) -> None:
         self.now: list[Callable[[], None]] = []
@@ -49,25 +50,26 @@ def _drain(group: list[Callable[[], None]]) -> None:
         group.pop()()  # popped first, so that what it held is freed as soon as it has run
 
 
+DTYPES = {"fp8": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
 class Numerics:
     """How the linears of one rank compute, and what they share: pending weight gradients and quantised weights.
 
-    precision: "fp8" | "bf16" | "fp32" | "fp64". `dtype` is that of parameters and activations (BF16 under FP8), `wide` that
-    of sums, router, softmax and losses, `main_grad_dtype` that of accumulated gradients. Quantised weights are made once and
-    kept until `bump` says that the weights have changed: optimizer step, load, rollback.
+    precision: "fp8" | "bf16" | "fp32" | "fp64". `dtype` is that of parameters and activations (BF16 under FP8), `wide`
+    that of sums, router, softmax and losses, `main_grad_dtype` that of accumulated gradients. Quantised weights are
+    made once and kept until `bump` says that the weights have changed: optimizer step, load, rollback.
     Raises ValueError for an unknown precision or backend.
     """
 
-    DTYPES = {"fp8": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-
     def __init__(self, precision: str, backend: str = "reference") -> None:
-        if precision not in self.DTYPES:
-            raise ValueError(f"precision={precision!r}: expected one of {', '.join(self.DTYPES)}")
+        if precision not in DTYPES:
+            raise ValueError(f"precision={precision!r}: expected one of {', '.join(DTYPES)}")
         if backend not in fp8_kernels.BACKENDS:
             raise ValueError(f"fp8 backend {backend!r}: expected one of {', '.join(fp8_kernels.BACKENDS)}")
         self.precision = precision
         self.backend = backend
-        self.dtype = self.DTYPES[precision]
+        self.dtype = DTYPES[precision]
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self.main_grad_dtype = self.wide
         self.weight_grads = WeightGrads()
@@ -85,7 +87,7 @@ class Numerics:
         if key not in self._quantised:
             codes, scales = fp8_kernels.fp8_quantize(weight.detach(), fp8_kernels.BLOCKS, False)
             # The weight is kept with them: while it lives, its id belongs to no other.
-            self._quantised[key] = weight, fp8_kernels.BACKENDS[self.backend].prepare_weight(codes), scales
+            self._quantised[key] = weight, fp8_kernels.fp8_prepare_weight(codes, self.backend), scales
         _, codes, scales = self._quantised[key]
         return codes, scales
 
@@ -114,9 +116,6 @@ class _Linear(torch.autograd.Function):
             if w.requires_grad:
                 ctx.numerics.weight_grads.now.append(partial(_accumulate, w, dy, x.detach()))
         return dx, None, None, *(None for _ in dys)
-
-
-# What waits holds the operands and nothing else: detached, for else an input would keep the whole graph before it alive.
 
 
 def _accumulate(weight: Any, dy: Tensor, x: Tensor) -> None:
@@ -297,7 +296,7 @@ def embedding(tokens: Tensor, weight: nn.Parameter, numerics: Numerics) -> Tenso
 
 
 def attach_main_grads(module: nn.Module, dtype: torch.dtype) -> None:
-    """Give every trainable parameter a zero `main_grad` of `dtype` if it has none, and move what autograd accumulates there.
+    """Give every trainable parameter a zero `main_grad` of `dtype` if it has none, and send autograd's gradients there.
 
     Linears and embeddings write `main_grad` themselves; norms' gains come through the hook, once per backward.
     """

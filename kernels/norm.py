@@ -1,6 +1,6 @@
 """RMSNorm, forward and backward as one operator each.
 
-y = x / sqrt(mean(x^2) + eps) * gain. Statistics and products are FP32 (FP64 for FP64 input) and are rounded once, at the end.
+y = x / sqrt(mean(x^2) + eps) * gain. Statistics and products are FP32 (FP64 for FP64 input), rounded once, at the end.
 The reciprocal root of each row is all that backward keeps besides the input.
 
 Legend: `T` rows (tokens), `D` width.
@@ -25,7 +25,7 @@ def rms_norm_forward(x_TD: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, 
     """The normed rows, and 1 / sqrt(mean(x^2) + eps) of each."""
     x = x_TD.to(wide(x_TD.dtype))
     scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (x * scale).mul_(gain_D).to(x_TD.dtype), scale
+    return (x * scale).mul_(gain_D.to(x.dtype)).to(x_TD.dtype), scale
 
 
 @op(
@@ -34,12 +34,13 @@ def rms_norm_forward(x_TD: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, 
 )
 def rms_norm_backward(dy_TD: Tensor, x_TD: Tensor, gain_D: Tensor, scale_T1: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the input and of the gain."""
-    dy = dy_TD.to(scale_T1.dtype)
-    normed = x_TD * scale_T1
+    dtype = scale_T1.dtype
+    dy, gain = dy_TD.to(dtype), gain_D.to(dtype)
+    normed = x_TD.to(dtype) * scale_T1
     product = dy * normed
     d_gain = product.flatten(0, -2).sum(0)
-    mean = product.mul_(gain_D).mean(-1, keepdim=True)
-    dx = (dy * gain_D).sub_(normed.mul_(mean)).mul_(scale_T1)
+    mean = product.mul_(gain).mean(-1, keepdim=True)
+    dx = (dy * gain).sub_(normed.mul_(mean)).mul_(scale_T1)
     return dx.to(x_TD.dtype), d_gain.to(gain_D.dtype)
 
 
@@ -56,5 +57,5 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last dimension of `x` [..., D] by its root mean square and multiply by `weight` [D]; dtype of `x`."""
+    """Divide the rows of `x` [..., D] by their root mean square and multiply by `weight` [D]; dtype of `x`."""
     return _RMSNorm.apply(x, weight, eps)

@@ -1,8 +1,8 @@
 """weft's own operators: a name, a CPU or GPU implementation, a fake one, and a price, all in one place.
 
-`@op(cost=..., fake=...)` turns a function into `torch.ops.weft.<name>`. Tracing on fake tensors then sees one quantisation or
-one GEMM instead of the loop beneath it, FLOP counters count it, and a simulator finds its price in `costs`. Operators
-know no autograd: the functions of `linear.py`, `norm.py`, `swiglu.py` and `permute.py` pair a forward with a backward one.
+`@op(cost=..., fake=...)` turns a function into `torch.ops.weft.<name>`. Tracing on fake tensors then sees one
+quantisation or one GEMM instead of the loop beneath it, FLOP counters count it, and a simulator finds its price in
+`costs`. Operators know no autograd: `linear.py`, `norm.py`, `swiglu.py` and `permute.py` pair forward with backward.
 """
 
 from collections.abc import Callable
@@ -31,8 +31,8 @@ _library = torch.library.Library("weft", "DEF")
 def op(*, cost: Callable[..., Cost], fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[..., Any]:
     """Register the decorated function as `torch.ops.weft.<its name>` and return that operator.
 
-    The schema comes from the annotations. `cost` and `fake` take the same arguments; `fake` returns empty tensors of the
-    right shape and dtype, and `mutates` names the arguments that are written in place.
+    The schema comes from the annotations. `cost` and `fake` take the same arguments; `fake` returns empty tensors of
+    the right shape and dtype, and `mutates` names the arguments that are written in place.
     """
 
     def register(function: Callable[..., Any]) -> Any:

@@ -1,7 +1,7 @@
 """Moving tokens to the rows of their experts and back.
 
-`slot_TK[t, k]` is the row that holds the k-th copy of token t, and `source_R[r]` the token that row r is a copy of: two views
-of one permutation. Gathering copies a token to its rows; combining adds its rows up again. Each is the other's backward.
+`slot_TK[t, k]` is the row that holds the k-th copy of token t, and `source_R[r]` the token that row r is a copy of: two
+views of one permutation. Gathering copies a token to its rows, combining adds them up; each is the other's backward.
 
 Legend: `T` tokens, `D` model width, `K` chosen experts, `R` rows (T x K).
 """

@@ -1,8 +1,8 @@
 """SwiGLU, silu(gate) * up, with the routing weight of each row folded in.
 
-For routed experts the weight multiplies the activation before the down-projection (and before its FP8 cast), so that combining
-experts is a plain sum; its gradient is the sum over channels of the incoming gradient times the unweighted activation. All
-products are FP32 (FP64 for FP64 input), rounded once at the end; backward recomputes from the two inputs.
+For routed experts the weight multiplies the activation before the down-projection (and before its FP8 cast), so that
+combining experts is a plain sum; its gradient is the sum over channels of the incoming gradient times the unweighted
+activation. Products are FP32 (FP64 for FP64 input), rounded once, at the end; backward recomputes from the two inputs.
 
 Legend: `R` rows, `F` width.
 """
@@ -22,7 +22,8 @@ from kernels.ops import Cost, op, size, wide
 )
 def swiglu_forward(gate_RF: Tensor, up_RF: Tensor, weights_R: Tensor | None) -> Tensor:
     """silu(gate) * up [* weight of the row]."""
-    y = silu(gate_RF.to(wide(gate_RF.dtype))).mul_(up_RF)
+    dtype = wide(gate_RF.dtype)
+    y = silu(gate_RF.to(dtype)).mul_(up_RF.to(dtype))
     if weights_R is not None:
         y *= weights_R.unsqueeze(-1)
     return y.to(gate_RF.dtype)
@@ -41,17 +42,15 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gate, up and the rows' weights (empty without weights)."""
     dtype = wide(gate_RF.dtype)
-    dy, gate = dy_RF.to(dtype), gate_RF.to(dtype)
-    sigmoid = gate.sigmoid()
-    silu_gate = gate * sigmoid
+    dy, gate, up = dy_RF.to(dtype), gate_RF.to(dtype), up_RF.to(dtype)
+    d_silu, silu_gate = dy * up, silu(gate)
     d_weights = gate_RF.new_empty(0)
     if weights_R is not None:
-        d_weights = (silu_gate * up_RF).mul_(dy).sum(-1).to(weights_R.dtype)
-        dy = dy * weights_R.unsqueeze(-1)
-    d_up = (dy * silu_gate).to(up_RF.dtype)
-    # silu'(g) = sigmoid(g) * (1 + g * (1 - sigmoid(g))) = sigmoid(g) + silu(g) * (1 - sigmoid(g))
-    slope = torch.addcmul(silu_gate.add_(sigmoid), silu_gate - sigmoid, sigmoid, value=-1)
-    return slope.mul_(dy).mul_(up_RF).to(gate_RF.dtype), d_up, d_weights
+        d_weights = (d_silu * silu_gate).sum(-1).to(weights_R.dtype)
+        weights = weights_R.unsqueeze(-1)
+        d_silu, dy = d_silu.mul_(weights), dy * weights
+    d_gate = torch.ops.aten.silu_backward(d_silu, gate)
+    return d_gate.to(gate_RF.dtype), silu_gate.mul_(dy).to(up_RF.dtype), d_weights
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -82,7 +82,7 @@ class Mesh:
 
     # -- process groups
     def make_groups(self, use: str, sets: Iterable[tuple[int, ...]]) -> None:
-        """Make one process group for each set of ranks. Every rank of the world makes all of them, in the same order."""
+        """Make one process group for each set of ranks; every rank of the world makes all of them, in one order."""
         for ranks in sets:
             group = dist.new_group(list(ranks), group_desc=use)
             if self.rank in ranks:
@@ -93,7 +93,7 @@ class Mesh:
         return self._groups[ranks, use]
 
     def connect(self) -> None:
-        """Make the groups that a step needs besides those of replicas: experts, and one for each direction of travel."""
+        """Make the groups that a step needs besides those of replicas: experts, one for each direction of travel."""
         starts = range(0, self.world_size, self.expert)
         self.make_groups("all-to-all", (tuple(range(first, first + self.expert)) for first in starts))
         if self.pipeline > 1:

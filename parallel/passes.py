@@ -62,9 +62,9 @@ Pass = Generator[Effect, None, Any]
 class Microbatch:
     """One micro-batch on its way through the stages.
 
-    tokens: [sequences, T+1] int64 where the first or last stage needs them. seeds: gradient of the step's objective with
-    respect to each raw loss sum. sums: raw loss sums are added here, in the widest dtype (shared by all micro-batches of
-    a step). training: False runs forward only, without tape, leaving router counts untouched.
+    tokens: [sequences, T+1] int64 where the first or last stage needs them. seeds: gradient of the step's objective
+    with respect to each raw loss sum. sums: raw loss sums are added here, in FP64 (shared by all micro-batches of a
+    step). training: False runs forward only, without tape, leaving router counts untouched.
     """
 
     index: int
@@ -111,7 +111,7 @@ def add_grad(grads: Values, name: str, grad: Tensor | None) -> None:
 
 
 def leaf(value: Any) -> Any:
-    """A value cut from the graph that made it: the input of a segment's own graph. What has no gradient is passed on."""
+    """A value cut from the graph that made it: the input of a segment's own graph. Others are passed on."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().requires_grad_()
     return value
@@ -121,8 +121,8 @@ def leaf(value: Any) -> Any:
 class Local:
     """A compute segment: one autograd graph from detached inputs to outputs and raw losses.
 
-    run(batch, *inputs) returns one value for each name in `writes`, then one scalar for each name in `losses`. A loss is
-    an extra root of the graph; its gradient is `batch.seeds[name]`.
+    run(batch, *inputs) returns one value for each name in `writes`, then one scalar for each name in `losses`. A loss
+    is an extra root of the graph; its gradient is `batch.seeds[name]`.
     """
 
     name: str
@@ -154,7 +154,7 @@ class Local:
         return inputs, edges
 
     def backward(self, record: Any, grads: Values, batch: Microbatch, stage: int) -> Pass:
-        """Walk this segment's graph: gradients of the outputs are taken from `grads`, those of the inputs added to it."""
+        """Walk this segment's graph: take the gradients of the outputs from `grads`, add those of the inputs to it."""
         yield Compute(self.name + ".B", self.layer)
         inputs, edges = record
         roots, seeds = [], []
@@ -182,7 +182,7 @@ def _like_roots(roots: list[GradientEdge], seeds: list[Tensor]) -> list[Tensor]:
 
 @dataclass
 class Sum:
-    """`write` = the sum of `reads`: the residual stream takes up a layer's results. Every input gets the same gradient."""
+    """`writes` = the sum of `reads`: the residual stream takes up a layer's results. All inputs get its gradient."""
 
     name: str
     layer: int
@@ -233,7 +233,9 @@ def forward(stage: Stage, hidden: Tensor | None, batch: Microbatch, tape: Tape) 
     return None if stage.is_last else values["hidden"]
 
 
-def backward(stage: Stage, grad: Tensor | None, batch: Microbatch, tape: Tape, weights: WeightGrads, split: bool) -> Pass:
+def backward(
+    stage: Stage, grad: Tensor | None, batch: Microbatch, tape: Tape, weights: WeightGrads, split: bool
+) -> Pass:
     """Backward of one micro-batch through `stage`; returns the gradient that the stage before receives.
 
     Weight gradients run while a communication is in flight; with `split` (an `I`) they stay in `weights.now` for the
@@ -265,6 +267,7 @@ def merge(*passes: Pass, watch: Callable[[Effect], None] = lambda effect: None) 
     try:
         while live:
             for position, one in list(live.items()):
+                in_flight.pop(position, None)  # the pass itself waits for it now
                 try:
                     while not isinstance(effect := next(one), Comm):
                         watch(effect)

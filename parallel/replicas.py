@@ -1,8 +1,8 @@
 """A parameter knows its replicas: the ranks that hold a copy follow from its stages and from whether experts shard it.
 
 Gradient reduction, ZeRO-1, the gradient norm and checkpoints are all "reduce, shard, count or save over the replica
-set". DualPipe's mirrored copies (stage s lives at positions s and P-1-s), data parallelism and a tied embedding (used by
-the first stage and by MTP on the last) are no special cases. Parameters are gathered into buckets by (replica set,
+set". DualPipe's mirrored copies (stage s lives at positions s and P-1-s), data parallelism and a tied embedding (used
+by the first stage and by MTP on the last) are no special cases. Parameters are gathered into buckets by (replica set,
 kind), ordered by (stage, name): ranks that hold the same two stages in opposite order flatten them alike.
 """
 

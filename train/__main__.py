@@ -9,17 +9,21 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 from parallel.errors import UserError
-from train.compose import compose, load
+from train.compose import compose, load, write
 from train.recipe import Recipe
 
 
 def read(words: list[str]) -> Recipe:
     """The recipe of a command line, refused unless this world has as many processes as it needs."""
-    recipe = load(Path(words[1])) if words[:1] == ["--config"] else compose(words)
+    launched = words[:1] == ["--config"]
+    recipe = load(Path(words[1])) if launched else compose(words)
     recipe.parallel.check_world(int(os.environ.get("WORLD_SIZE", "1")))
+    if not launched and os.environ.get("RANK", "0") == "0":
+        write(recipe)
     return recipe
 
 
@@ -42,8 +46,22 @@ def record(error: BaseException) -> bool:
     return True
 
 
+def speaks() -> bool:
+    """Whether this rank, of all that torchrun started here, is the one that tells the user what each has found."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        (Path(file).parent.parent / "told").touch(exist_ok=False)  # beside the folders of these ranks
+        return True
+    except FileExistsError:
+        return False
+
+
 def main(words: list[str]) -> int:
     """Train as this process's rank; returns the exit code."""
+    # torch 2.13 has new names for two collectives, which torch 2.11 lacks.
+    warnings.filterwarnings("ignore", message=".*(reduce_scatter|all_gather)_single", category=FutureWarning)
     launched = words[:1] == ["--config"]  # weft's launcher speaks for all ranks
     try:
         recipe = read(words)
@@ -54,8 +72,8 @@ def main(words: list[str]) -> int:
         return 130
     except UserError as error:
         recorded = record(error)
-        if not (recorded and launched) and os.environ.get("RANK", "0") == "0":
-            print(f"weft: {error}", file=sys.stderr)
+        if not (recorded and launched) and speaks():
+            print(f"weft: {error}", file=sys.stderr, flush=True)
         return 2
     except Exception as error:
         if not record(error):

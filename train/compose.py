@@ -117,6 +117,17 @@ def save(recipe: Recipe, path: Path) -> None:
     OmegaConf.save(OmegaConf.structured(recipe), path)
 
 
+def write(recipe: Recipe) -> Path:
+    """Write the resolved recipe into its run directory; returns the file. Raises `UserError` if it cannot."""
+    directory = Path(recipe.run.dir) / str(recipe.run.name)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        save(recipe, directory / "config.yaml")
+    except OSError as error:
+        raise UserError(f"run.dir={recipe.run.dir}: expected a folder to write into; {error}") from None
+    return directory / "config.yaml"
+
+
 def load(path: Path) -> Recipe:
     """The checked recipe of a file that `save` wrote. Raises `UserError`."""
     return recipe_of(OmegaConf.load(path), path.stem).validate()
@@ -207,7 +218,7 @@ def keys_of(config: type, prefix: str = "") -> dict[str, Any]:
 
 def section_of(kind: Any) -> type | None:
     """The dataclass that a section's type is, with or without null; None for the type of a value."""
-    return next((option for option in options(kind) if is_dataclass(option)), None)
+    return next((option for option in options(kind) if isinstance(option, type) and is_dataclass(option)), None)
 
 
 def options(kind: Any) -> tuple[Any, ...]:

@@ -15,10 +15,12 @@ from torch import Tensor
 from kernels.linear import Numerics, attach_main_grads
 from parallel import schedule
 from parallel.experts import AllToAll, Dispatcher, LocalExperts
+from parallel.experts.lockstep import agree, exchanges, predict
 from parallel.mesh import Mesh
 from parallel.passes import Microbatch
 from parallel.pipeline import Pipeline
 from parallel.replicas import buckets
+from parallel.schedule import Program
 from parallel.zero import ZeRO1
 from train.model.init import initialise
 from train.model.router import Router
@@ -44,7 +46,7 @@ class Engine:
     """One rank's stages, pipeline and optimizer; parameters initialised by name, equal in every layout."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        """The default process group exists; its size is the layout's. Every rank constructs its Engine at the same time."""
+        """The default process group exists and has the layout's size. All ranks construct their Engine together."""
         layout, model = recipe.parallel, recipe.model
         self.recipe, self.device = recipe, device
         self.numerics = Numerics(recipe.precision)
@@ -71,12 +73,18 @@ class Engine:
         tied = {EMBEDDING: embedding_stages(model, program.stages)}
         self.buckets = buckets(self.mesh, program.placement, self.stages, tied)
         optim = recipe.optim
-        rules = {"betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
-        adamw = partial(AdamW16, moments=MOMENTS[optim.moments], **rules)
+        adamw = partial(
+            AdamW16,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            moments=MOMENTS[optim.moments],
+        )
         self.optimizer = ZeRO1(self.buckets, adamw, clip=optim.clip, wide=self.numerics.main_grad_dtype)
         for stage in self.stages.values():
             attach_main_grads(stage, self.numerics.main_grad_dtype)
         self.pipeline = Pipeline(self.mesh, self.stages, self.numerics.weight_grads, self.numerics.dtype, device)
+        self.in_lockstep: set[Program] = set()
 
     def _dispatcher(self) -> Dispatcher:
         """How tokens reach their experts in this layout."""
@@ -147,15 +155,27 @@ class Engine:
             program = program.evaluation()
         sums: dict[str, Tensor] = {}
         batches = {mb: Microbatch(mb, tokens.get(mb), seeds, sums, training) for mb in range(microbatches)}
+        self._step(program, batches)
+        return self._totals(sums)
+
+    def _step(self, program: Program, batches: Mapping[int, Microbatch]) -> None:
+        """Run the program; the first time, make sure that the expert group does so in lockstep."""
         layout, train = self.recipe.parallel, self.recipe.train
         shape = (layout.microbatch_size, train.sequence_length, self.recipe.model.hidden_size)
+        first_time, experts = program not in self.in_lockstep, self.mesh.group(self.mesh.expert_ranks(), "all-to-all")
+        if first_time:  # what they are about to issue: ranks with unlike recipes would wait for each other forever
+            visits = {number: exchanges(stage.segments) for number, stage in self.stages.items()}
+            agree(experts, predict(program, self.mesh.pipeline_rank, visits))
+        self.dispatcher.log.clear()
         self.pipeline.step(program, batches, shape)
-        return self._totals(sums)
+        if first_time:
+            agree(experts, self.dispatcher.log)
+            self.in_lockstep.add(program)
 
     def _totals(self, sums: Mapping[str, Tensor]) -> Totals:
         """Add up losses and router loads over the world, and clear the loads.
 
-        Each micro-batch is scored, and each token routed by each layer, on exactly one rank: one sum in FP64 counts all.
+        Each micro-batch is scored, and each token routed by each layer, on exactly one rank: a sum in FP64 counts all.
         """
         model = self.recipe.model
         numbers = [n for n in range(model.num_hidden_layers + model.num_nextn_predict_layers) if model.is_moe(n)]

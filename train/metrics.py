@@ -58,9 +58,8 @@ class Metrics:
         """Report the held-out loss beside that of a model which knows only how frequent each token is, both in nats."""
         record = {"step": step, "tokens": tokens, "heldout_loss": loss, "unigram_loss": unigram}
         self.evaluations.write(record)
-        self.console.say(
-            f"step {step}: held-out loss {loss:.4f} nat, {unigram - loss:.4f} below a unigram model's {unigram:.4f}"
-        )
+        side = f"{abs(unigram - loss):.4f} {'below' if loss < unigram else 'above'}"
+        self.console.say(f"step {step}: held-out loss {loss:.4f} nat, {side} a unigram model's {unigram:.4f}")
         if self.wandb:
             self.wandb.log(record)
 
@@ -187,6 +186,7 @@ class Wandb:
                 resume="allow",
                 mode="offline" if config.mode == "offline" else "online",
                 dir=directory,
+                settings=wandb.Settings(console="off", quiet=True),
                 config=asdict(recipe),
             )
             self.run.define_metric("*", step_metric="step")  # W&B's own count cannot go back when a run resumes

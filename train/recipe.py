@@ -209,7 +209,7 @@ class Recipe:
         """Micro-batches of one pipeline for a global batch of `sequences`. Raises `UserError` naming `key`."""
         p = self.parallel
         quantum = p.data * p.microbatch_size * p.even
-        if sequences < 1 or sequences % quantum:
+        if sequences < 1 or quantum < 1 or sequences % quantum:
             factors = f"parallel.data={p.data} x parallel.microbatch_size={p.microbatch_size}"
             factors += f" x 2 (parallel.schedule={p.schedule} takes micro-batches in pairs)" if p.even == 2 else ""
             raise UserError(f"{key}={sequences}: expected a multiple of {factors} = {quantum}")

@@ -1,7 +1,7 @@
 """The loop. `Trainer.fit` is a training run; each phase of a step is one named call.
 
-Time is counted in tokens: learning rate, batch size, bias speed, MTP weight and the rows of a batch are functions of the
-tokens consumed, so resuming needs no replay. The distributed model is `train.engine`; this file adds data, time,
+Time is counted in tokens: learning rate, batch size, bias speed, MTP weight and the rows of a batch are functions of
+the tokens consumed, so resuming needs no replay. The distributed model is `train.engine`; this file adds data, time,
 evaluation, checkpoints and metrics.
 """
 
@@ -84,7 +84,9 @@ class Trainer:
         self.skipped += not applied
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= self.recipe.train.max_skips:
-            raise RuntimeError(f"step {self.step}: {self.skipped_in_a_row} steps in a row had a gradient that is not finite")
+            raise RuntimeError(
+                f"step {self.step}: {self.skipped_in_a_row} steps in a row had a gradient that is not finite"
+            )
 
     # -- data
     def load_batch(self, batch: int) -> dict[int, Tensor]:
@@ -102,12 +104,14 @@ class Trainer:
 
     # -- what is seen
     def evaluate(self) -> None:
-        """Mean cross-entropy on `train.eval_rows` held-out rows, forward only, beside a unigram model's on the same rows."""
+        """Mean cross-entropy on `train.eval_rows` held-out rows, forward only, beside a unigram model's on them."""
         asked = self.recipe.train.eval_rows
         if not asked:
             return
         if asked > len(self.data.heldout):
-            raise UserError(f"train.eval_rows={asked}: expected at most {len(self.data.heldout)}, the held-out rows there are")
+            raise UserError(
+                f"train.eval_rows={asked}: expected at most {len(self.data.heldout)}, the held-out rows there are"
+            )
         ids = row_ids(0, asked, len(self.data.heldout), seed=0)  # always the same ones, from many documents
         totals = self.engine.evaluate(self.fetch(self.data.heldout, ids, asked), asked)
         if self.metrics:
@@ -115,7 +119,7 @@ class Trainer:
             self.metrics.evaluation(self.step, self.tokens, self.means(totals, asked)["loss"], unigram)
 
     def means(self, totals: Totals, batch: int) -> dict[str, float]:
-        """Losses as they are reported: cross-entropies per predicted token, balance loss per sequence (before alpha)."""
+        """Losses as reported: cross-entropies per predicted token, balance loss per sequence (before alpha)."""
         tokens = batch * self.recipe.train.sequence_length
         depths = self.recipe.model.num_nextn_predict_layers
         losses = {"loss": totals.losses["loss"] / tokens}
@@ -186,11 +190,11 @@ def peak_memory(device: torch.device) -> float:
 
 def open_data(recipe: Recipe) -> data.Prepared:
     """The prepared rows; the first rank of each node prepares them if they are not there yet."""
-    arguments = {"vocab_size": recipe.model.vocab_size, "sequence_length": recipe.train.sequence_length}
+    vocabulary, length, seed = recipe.model.vocab_size, recipe.train.sequence_length, recipe.train.seed
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        data.prepare(recipe.data, **arguments, seed=recipe.train.seed)
+        data.prepare(recipe.data, vocab_size=vocabulary, sequence_length=length, seed=seed)
     dist.barrier()
-    return data.load(recipe.data, **arguments, seed=recipe.train.seed)
+    return data.load(recipe.data, vocab_size=vocabulary, sequence_length=length, seed=seed)
 
 
 def start_process_group(recipe: Recipe) -> torch.device:

@@ -1,8 +1,8 @@
 """Block-scaled FP8 behind one interface: quantise, and the three GEMMs of a linear and of a grouped linear.
 
-`formats` says what a quantised matrix is; a backend is a module with the functions of `reference`, which defines the meaning and
-runs anywhere. The operators here are what the rest of weft calls, traces and prices: one per quantisation, one per
-Fprop, Dgrad and Wgrad (report Figure 6), whatever the backend does beneath. FP8 values count one byte.
+`formats` says what a quantised matrix is; a backend is a module with the functions of `reference`, which defines the
+meaning and runs anywhere. The operators here are what the rest of weft calls, traces and prices: one per quantisation,
+one per Fprop, Dgrad and Wgrad (report Figure 6), whatever the backend does beneath. FP8 values count one byte.
 """
 
 from types import ModuleType
@@ -33,6 +33,15 @@ def _fake_quantize(x: Tensor, tile: list[int], power_of_two: bool) -> tuple[Tens
 def fp8_quantize(x: Tensor, tile: list[int], power_of_two: bool) -> tuple[Tensor, Tensor]:
     """`formats.quantize`: codes in float8_e4m3fn and FP32 scales."""
     return formats.quantize(x, (tile[0], tile[1]), power_of_two)
+
+
+@op(
+    cost=lambda codes, backend: Cost(0, codes.numel() * (1 + BACKENDS[backend].WEIGHT_DTYPE.itemsize)),
+    fake=lambda codes, backend: torch.empty_like(codes, dtype=BACKENDS[backend].WEIGHT_DTYPE),
+)
+def fp8_prepare_weight(codes: Tensor, backend: str) -> Tensor:
+    """A weight's codes in the form that the backend's GEMMs read fastest."""
+    return BACKENDS[backend].prepare_weight(codes)
 
 
 def _operands(*codes: Tensor) -> int:

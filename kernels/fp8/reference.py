@@ -1,8 +1,8 @@
 """The backend that defines what FP8 means, in plain PyTorch, on any device.
 
-out = sum over blocks of 128 along K of (a_block @ b_block) x scale of a's tile x scale of b's tile, all in FP32: products of
-E4M3 values are exact, and scales are applied outside the product, every 128, as Hopper's kernels promote their sums (report section
-3.3.2). Codes may come widened to FP32, which is how weights are kept between two optimizer steps.
+out = sum over blocks of 128 along K of (a_block @ b_block) x scale of a's tile x scale of b's tile, all in FP32: the
+products of E4M3 values are exact, and scales are applied outside them, every 128, as Hopper's kernels promote their
+sums (report section 3.3.2). Codes may come widened to FP32, which is how weights are kept between two optimizer steps.
 
 Legend: `M` rows, `N` output width, `K` contracted width, `T` tokens, `E` experts.
 """
@@ -10,8 +10,12 @@ Legend: `M` rows, `N` output width, `K` contracted width, `T` tokens, `E` expert
 import torch
 from torch import Tensor
 
+from kernels.fp8 import native
 from kernels.fp8.formats import ROWS, TILE, round_to_e4m3, split, tile_scales, widen
 from kernels.gemm import BF16Units
+
+WEIGHT_DTYPE = torch.float32
+"""What `prepare_weight` returns."""
 
 
 def prepare_weight(codes: Tensor) -> Tensor:
@@ -30,15 +34,19 @@ def linear_dgrad(
 ) -> Tensor:
     """Dgrad: sum of dy [M, N] in 1x128 tiles @ weight [N, K] with the blocks of Fprop -> FP32 [M, K]."""
     operands = zip(map(widen, dys), dy_scales, map(widen, weights), weight_scales, strict=True)
-    return sum((_gemm(*operand) for operand in operands), start=torch.zeros(()))
+    dx, *others = (_gemm(*operand) for operand in operands)
+    for other in others:
+        dx += other
+    return dx
 
 
 def linear_wgrad(x: Tensor, x_scales: Tensor, dys: list[Tensor], dy_scales: list[Tensor], out: list[Tensor]) -> None:
     """Wgrad: out [N, K] += dy^T @ x, both requantised in 128x1 tiles over their T tokens."""
-    counts = [x.shape[0]]
-    columns = _requantize(x, x_scales, counts)
+    T = x.shape[0]
+    x_values, x_tiles = requantize(x, x_scales, [T])
     for dy, scales, main_grad in zip(dys, dy_scales, out, strict=True):
-        _accumulate_over_tokens(main_grad, *_requantize(dy, scales, counts), *columns)
+        dy_values, dy_tiles = requantize(dy, scales, [T])
+        _accumulate_over_tokens(main_grad, dy_values[:T], dy_tiles, x_values[:T], x_tiles)
 
 
 def grouped_linear(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, counts: list[int]) -> Tensor:
@@ -51,12 +59,10 @@ def grouped_dgrad(dy: Tensor, dy_scales: Tensor, weight: Tensor, weight_scales: 
     return _grouped_gemm(dy, dy_scales, widen(weight), weight_scales, counts)
 
 
-def grouped_wgrad(
-    x: Tensor, x_scales: Tensor, dy: Tensor, dy_scales: Tensor, out: Tensor, counts: list[int]
-) -> None:
+def grouped_wgrad(x: Tensor, x_scales: Tensor, dy: Tensor, dy_scales: Tensor, out: Tensor, counts: list[int]) -> None:
     """Wgrad of each expert: out[e] [N, K] += dy^T @ x over its rows; 128x1 tiles begin anew at every expert."""
-    x_values, x_tiles = _requantize(x, x_scales, counts)
-    dy_values, dy_tiles = _requantize(dy, dy_scales, counts)
+    x_values, x_tiles = requantize(x, x_scales, counts)
+    dy_values, dy_tiles = requantize(dy, dy_scales, counts)
     first = 0
     for main_grad, count in zip(out.unbind(), counts, strict=True):
         tiles = slice(first, first + -(-count // TILE))
@@ -68,7 +74,7 @@ def grouped_wgrad(
 
 def _gemm(a_MK: Tensor, a_scales: Tensor, b_KN: Tensor, b_scales: Tensor) -> Tensor:
     """a [M, K] with a scale for every row and block of K, b [K, N] with a scale for every 128x128 block."""
-    b_scales = b_scales.repeat_interleave(TILE, 1)[:, : b_KN.shape[1]]
+    b_scales = b_scales.unsqueeze(2).expand(-1, -1, TILE).flatten(1)[:, : b_KN.shape[1]]
     out: Tensor | None = None
     with BF16Units(a_MK):
         for a, b, a_scale, b_scale in zip(
@@ -86,13 +92,20 @@ def _grouped_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, coun
     return torch.cat(parts) if parts else torch.empty(0, b.shape[2], device=b.device)
 
 
-def _requantize(codes_RC: Tensor, scales: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """1x128 tiles over columns -> 128x1 tiles over the rows of each group: values [tiles x 128, C], scales [tiles, C]."""
+def requantize(codes_RC: Tensor, scales: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """1x128 tiles over columns -> 128x1 tiles over the rows of each group, which begins at a new tile.
+
+    Returns values [tiles x 128, C], meaningless beyond the last row of a group, and scales [tiles, C].
+    """
+    if lib := native.loops(codes_RC):
+        return native.requantize(lib, codes_RC, scales, counts)
     C = codes_RC.shape[1]
     x = (split(widen(codes_RC), ROWS) * scales.unsqueeze(-1).unsqueeze(-3)).view(-1, scales.shape[1] * TILE)[:, :C]
     if any(count % TILE for count in counts):
         filling = x.new_zeros(TILE, C)
-        x = torch.cat([part for rows, n in zip(x.split(counts), counts, strict=True) for part in (rows, filling[: -n % TILE])])
+        x = torch.cat(
+            [part for rows, n in zip(x.split(counts), counts, strict=True) for part in (rows, filling[: -n % TILE])]
+        )
     tiles = x.reshape(-1, TILE, C)
     column_scales = tile_scales(tiles.abs().amax(1), power_of_two=False)
     return round_to_e4m3(tiles.div_(column_scales.unsqueeze(1))).view(-1, C), column_scales

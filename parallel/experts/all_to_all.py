@@ -60,7 +60,7 @@ class AllToAll:
     def _agree(
         self, counts_E: Tensor, tag: Tag
     ) -> Generator[Effect, None, tuple[list[int], list[int], list[int], Tensor]]:
-        """Exchange row counts: (rows sent to each rank, received from each rank, of each local expert, arrival order)."""
+        """Exchange row counts: (rows sent to each rank, received from each, of each local expert, arrival order)."""
         self.log.append(Tag("counts", tag.stage, tag.microbatch, tag.layer))
         local = self.experts // self.size
         arriving = torch.empty_like(counts_E)  # [source rank, local expert], flattened
@@ -103,10 +103,11 @@ def _pack(tensors: Sequence[Tensor]) -> Tensor:
 def _unpack(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The tensors that `_pack` put together, with the number of rows that arrived."""
     sizes = [_width(tensor) * tensor.element_size() for tensor in like]
-    pieces = rows.split(sizes, 1)
+    pieces = [rows]
+    if len(like) > 1:  # cloned: of one row or none, `contiguous` would keep an offset that no wider dtype can view
+        pieces = [piece.clone(memory_format=torch.contiguous_format) for piece in rows.split(sizes, 1)]
     return [
-        piece.contiguous().view(tensor.dtype).view(len(rows), *tensor.shape[1:])
-        for piece, tensor in zip(pieces, like, strict=True)
+        piece.view(tensor.dtype).view(len(rows), *tensor.shape[1:]) for piece, tensor in zip(pieces, like, strict=True)
     ]
 
 

@@ -29,8 +29,8 @@ class Layout:
     """Where each row of one dispatch came from, so that combine and both backwards need no routing.
 
     counts: rows of each expert of this rank, on the host. source_R and slot_TK describe the permutation on the sending
-    side: row r holds token source[r]; token t's k-th copy is row slot[t, k]. sends, receives: rows to and from each rank
-    of the group; arrival_R: the order that sorts received rows by expert (None: they are sorted as they come).
+    side: row r holds token source[r]; token t's k-th copy is row slot[t, k]. sends, receives: rows to and from each
+    rank of the group; arrival_R: the order that sorts received rows by expert (None: they are sorted as they come).
     """
 
     counts: list[int]

@@ -16,8 +16,8 @@ from parallel.passes import Comm, Effect
 def sort_by_expert(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The stable permutation that sorts a token's copies by expert.
 
-    Returns counts_E (rows for each expert), order_R (position in the flattened [T, K] of each row), source_R (its token)
-    and slot_TK (the row of each copy).
+    Returns counts_E (rows for each expert), order_R (position in the flattened [T, K] of each row), source_R (its
+    token) and slot_TK (the row of each copy).
     """
     flat = experts_TK.flatten()
     order_R = torch.argsort(flat, stable=True)

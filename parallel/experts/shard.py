@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ExpertShard(nn.Parameter):
-    """Experts `first` .. `first + len - 1` of a global parameter [experts, ...]; one rank of an expert group's share."""
+    """Experts `first` .. `first + len - 1` of a global parameter [experts, ...]: one rank's share."""
 
     first: int
     experts: int

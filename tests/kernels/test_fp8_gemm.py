@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.fp8 import BLOCKS, ROWS, formats, fp8_grouped_dgrad, fp8_grouped_linear, fp8_grouped_wgrad
-from kernels.fp8 import fp8_linear, fp8_linear_dgrad, fp8_linear_wgrad
+from kernels.fp8 import (
+    BLOCKS,
+    ROWS,
+    formats,
+    fp8_grouped_dgrad,
+    fp8_grouped_linear,
+    fp8_grouped_wgrad,
+    fp8_linear,
+    fp8_linear_dgrad,
+    fp8_linear_wgrad,
+)
 from tests.kernels import numpy_fp8
 
 REFERENCE = "reference"

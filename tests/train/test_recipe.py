@@ -1,5 +1,6 @@
 """Recipes: what they compose to, what they refuse, and that what a run writes down is what it read."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -154,3 +155,10 @@ def test_a_recipe_is_composed_without_leaving_hydra_behind(tmp_path, monkeypatch
     line = CommandLine.read(["recipe=v3"])
     assert recipe_of(line.compose(), line.name).parallel.pipeline == 16
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_the_reference_lists_every_key_and_no_other():
+    page = (Path(__file__).parents[2] / "docs/reference/recipe.md").read_text()
+    described = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", page, re.MULTILINE)) - {"tiny", "v3"}
+    keys = keys_of(Recipe)
+    assert described == {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}

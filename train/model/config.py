@@ -57,7 +57,7 @@ class ModelConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     def is_moe(self, layer: int) -> bool:
-        """Whether global layer number `layer` routes to experts; MTP modules (numbered after the last layer) always do."""
+        """Whether layer number `layer` routes to experts; MTP modules, numbered after the last layer, always do."""
         return layer >= self.first_k_dense_replace or layer >= self.num_hidden_layers
 
     def check(self) -> None:

@@ -33,7 +33,8 @@ class Experts(nn.Module):
     def forward(self, rows_RD: Tensor, weights_R: Tensor, counts: list[int]) -> Tensor:
         """Each row through its expert, times its routing weight: [R, D]."""
         gate_up = grouped_linear(rows_RD, self.gate_up_proj, counts, self.numerics, power_of_two=True)
-        inner = swiglu(*gate_up.chunk(2, -1), weights_R)
+        gate, up = gate_up.chunk(2, -1)
+        inner = swiglu(gate, up, weights_R)
         return grouped_linear(inner, self.down_proj, counts, self.numerics, power_of_two_grad=True)
 
 

@@ -12,7 +12,7 @@ from kernels.swiglu import swiglu
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias. Under FP8 all three GEMMs are block-scaled, unless `fp8` is False (report section 3.3)."""
+    """y = x W^T without bias. Under FP8 all three GEMMs are block-scaled unless `fp8` is False (section 3.3)."""
 
     def __init__(
         self,

@@ -71,7 +71,7 @@ def balance_loss(scores_BTE: Tensor, chosen: int) -> Tensor:
     f_i: share of tokens whose unbiased, ungrouped top-K contains expert i, scaled so that uniform routing gives 1.
     P_i: mean over the sequence of the affinity's share among all experts.
     """
-    sequences, tokens, experts = scores_BTE.shape
+    _, tokens, experts = scores_BTE.shape
     best = scores_BTE.detach().topk(chosen, -1, sorted=False).indices.flatten(1)
     counts_BE = torch.zeros_like(scores_BTE[:, 0]).scatter_add_(1, best, torch.ones_like(best, dtype=scores_BTE.dtype))
     share_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)

@@ -18,7 +18,7 @@ from train.model.head import Embedding, output_head, scoring
 from train.model.layer import Layer
 from train.model.moe import MoE
 from train.model.mtp import MTPModule
-from train.model.parts import Linear, Norm
+from train.model.parts import Norm
 from train.model.router import Router
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -50,24 +50,25 @@ class Stage(nn.Module):
         super().__init__()
         self.index, self.is_first, self.is_last = index, index == 0, index == count - 1
         self.model = Body()
-        self.segments: list[Segment] = []
+        segments: list[Segment] = []
         if embed is not None:
             self.model.embed_tokens = embed
         if self.is_first and embed is not None:
-            self.segments.append(embed.segment())
+            segments.append(embed.segment())
         for number in layers:
             layer = Layer(config, number, numerics, *experts)
             self.model.layers[str(number)] = layer
-            self.segments += layer.segments(dispatcher)
+            segments += layer.segments(dispatcher)
         if self.is_last:
             self.model.norm = Norm(config.hidden_size, config.rms_norm_eps, numerics)
             self.lm_head = output_head(config, numerics)
-            self.segments.append(scoring(config.num_hidden_layers, self.model.norm, self.lm_head, 0))
+            segments.append(scoring(config.num_hidden_layers, self.model.norm, self.lm_head, 0))
             for depth in range(1, config.num_nextn_predict_layers + 1):
                 assert embed is not None
                 module = MTPModule(config, depth, numerics, *experts)
                 self.model.layers[str(module.number)] = module
-                self.segments += module.chain(dispatcher, embed, self.lm_head)
+                segments += module.chain(dispatcher, embed, self.lm_head)
+        self.segments: Sequence[Segment] = segments
 
     def routers(self) -> dict[int, Router]:
         """The router of each MoE layer, MTP's included, by global layer number."""

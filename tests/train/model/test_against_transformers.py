@@ -1,4 +1,4 @@
-"""Someone else agrees: logits, gradients and AdamW moments against transformers' DeepseekV3ForCausalLM, loaded by name."""
+"""Someone else agrees: logits, gradients and moments of transformers' DeepseekV3ForCausalLM, loaded by name."""
 
 from functools import partial
 from typing import Any

@@ -1,0 +1,242 @@
+"""`weft VERB [flags] [overrides]`: the command line.
+
+A verb that takes a recipe is a Hydra application, so `--cfg job`, `--multirun`, `--info` and group overrides mean what
+Hydra's users expect. A verb's own flags are taken off before Hydra sees the line. A `UserError`, wherever it comes
+from, is printed once and ends the command with exit code 2.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import UserError
+
+HYDRA_COMMANDS = ["--cfg", "-c", "--run", "-r", "--multirun", "-m", "--info", "-i"]
+# No flags for the configuration's file, which recipe=PATH.yaml names, and none that reads a pickle.
+HYDRA_FLAGS = [*HYDRA_COMMANDS, "--resolve", "--package", "-p", "--help", "-h", "--hydra-help"]
+Job = Callable[[Any, argparse.Namespace], int]  # (recipe, the verb's own flags) -> exit code
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: what it does, an example, its own flags (each names a file to write), whether it takes a recipe."""
+
+    does: str
+    example: str
+    job: Job
+    flags: dict[str, str] = field(default_factory=dict)
+    recipe: bool = True
+
+
+def train(recipe: Any, flags: argparse.Namespace) -> int:
+    from launch import local
+
+    return local.train(recipe.validate())
+
+
+def schedule(recipe: Any, flags: argparse.Namespace) -> int:
+    """Only the program's keys count: the model need not have that many stages."""
+    from launch import draw
+    from parallel.schedule import build
+
+    parallel, microbatches = recipe.parallel, recipe.parallel.microbatches
+    if microbatches is None:
+        microbatches = recipe.microbatches(recipe.train.batch.start)
+    program = build(parallel.schedule, parallel.pipeline, microbatches)
+    if flags.json:
+        write(flags.json, program.to_json())
+    if flags.svg:
+        write(flags.svg, draw.svg(program))
+    if not (flags.json or flags.svg):
+        print(draw.text(program))
+    return 0
+
+
+def prepare(recipe: Any, flags: argparse.Namespace) -> int:
+    from train.data.preparation import prepare
+
+    recipe.data.check()
+    prepared = prepare(
+        recipe.data,
+        vocab_size=recipe.model.vocab_size,
+        sequence_length=recipe.train.sequence_length,
+        seed=recipe.train.seed,
+    )
+    print(f"{prepared.directory}: {len(prepared.train)} rows to train on, {len(prepared.heldout)} held out")
+    return 0
+
+
+def doctor(recipe: None, flags: argparse.Namespace) -> int:
+    from launch import doctor
+
+    return doctor.main()
+
+
+VERBS = {
+    "train": Verb("train a recipe with all its ranks on this machine", "weft train recipe=tiny train.steps=20", train),
+    "schedule": Verb(
+        "draw the pipeline program of a recipe",
+        "weft schedule parallel.pipeline=8 parallel.microbatches=20",
+        schedule,
+        {"--json": "write the program as JSON", "--svg": "write the program as a picture"},
+    ),
+    "data prepare": Verb(
+        "turn text into memory-mapped token rows", "weft data prepare data=hf data.path=FILE", prepare
+    ),
+    "doctor": Verb("say what this machine has and lacks", "weft doctor", doctor, recipe=False),
+}
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    try:
+        return run(sys.argv[1:] if words is None else words)
+    except UserError as error:
+        return complain(error)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `weft schedule | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def complain(error: UserError) -> int:
+    """Print what the user can mend; returns the exit code."""
+    print(f"weft: {error}", file=sys.stderr)
+    return 2
+
+
+def run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        print(f"weft {importlib.metadata.version('weft')}")
+        return 0
+    name = next((name for name in VERBS if words[: len(name.split())] == name.split()), None)
+    if name is None:
+        hint = suggestion(" ".join(words[:2]), VERBS) or suggestion(words[0], VERBS)
+        raise UserError(f"{words[0]}: expected a verb, one of {', '.join(VERBS)}{hint}")
+    verb, rest = VERBS[name], words[len(name.split()) :]
+    flags, rest = own_flags(verb, rest)
+    if verb.recipe:
+        return with_recipe(name, verb, flags, rest)
+    if rest:
+        raise UserError(f"{name} {rest[0]}: expected no words after {name}")
+    return verb.job(None, flags)
+
+
+def own_flags(verb: Verb, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The verb's flags, and the words that are left for Hydra."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag, does in verb.flags.items():
+        parser.add_argument(flag, metavar="FILE", help=does)
+    try:
+        return parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+
+
+def with_recipe(name: str, verb: Verb, flags: argparse.Namespace, words: list[str]) -> int:
+    """Run the verb as a Hydra application on `words`; several times with --multirun. Returns the worst exit code."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from train.compose import CommandLine, explain, recipe_of
+
+    overrides, hydra_flags = split(words, verb)
+    line = CommandLine.read(overrides, sweep=bool({"--multirun", "-m"} & set(hydra_flags)))
+    line.compose()  # so that a recipe is known to be good before Hydra acts on any of it
+    codes = [0]
+
+    def job(config: Any) -> None:
+        running = HydraConfig.get()
+        try:
+            recipe = recipe_of(config, line.name)
+            if running.mode == RunMode.MULTIRUN and OmegaConf.select(config, "run.name") is None:
+                recipe.run.name = f"{line.name}-{running.job.num}"  # a run directory for each
+            codes.append(verb.job(recipe, flags))
+        except UserError as error:  # here, because Hydra would add words of its own
+            codes.append(complain(error))
+
+    help_header = []
+    if {"--help", "-h"} & set(hydra_flags):
+        own = "".join(f", {flag} FILE to {does}" for flag, does in verb.flags.items())
+        help_header = [f"hydra.help.header='weft {name}: {verb.does}{own}. For example: {verb.example}'"]
+    words_before, full_error_before = sys.argv, os.environ.get("HYDRA_FULL_ERROR", "0")
+    sys.argv = [f"weft {name}", *hydra_flags, *help_header, *line.hydra_overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through, for `main` to print
+    try:
+        hydra.main(version_base="1.3", config_path=line.folder or "pkg://recipes", config_name=line.name)(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        explain(error, line.name)
+    finally:
+        sys.argv, os.environ["HYDRA_FULL_ERROR"] = words_before, full_error_before
+    return max(codes)
+
+
+def split(words: list[str], verb: Verb) -> tuple[list[str], list[str]]:
+    """(overrides, Hydra's flags, each followed by its value). Raises `UserError` for a flag that means nothing here."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    for word, before in zip(words, ["", *words], strict=False):
+        if word.startswith("-"):
+            flag = word.split("=")[0]
+            if flag not in HYDRA_FLAGS:
+                raise UserError(f"{flag}: no such flag{suggestion(flag, [*verb.flags, *HYDRA_FLAGS])}")
+            flags.append(word)
+        elif before.startswith("-") and "=" not in word:
+            flags.append(word)
+        else:
+            overrides.append(word)
+    commands = [word for word in flags if word.split("=")[0] in HYDRA_COMMANDS]
+    if len(commands) > 1:
+        raise UserError(f"{' '.join(commands)}: expected one of them at a time")
+    return overrides, flags
+
+
+def suggestion(word: str, choices: Iterable[str]) -> str:
+    """The nearest choice as a question; loads the schema only when something is wrong."""
+    from train.recipe import did_you_mean
+
+    return did_you_mean(word, choices)
+
+
+def write(file: str, text: str) -> None:
+    """Write `text` to `file`, or to standard output if it is `-`. Raises `UserError`."""
+    if file == "-":
+        print(text.rstrip())
+        return
+    try:
+        Path(file).write_text(text.rstrip() + "\n")
+    except OSError as error:
+        raise UserError(f"{file}: expected a file to write; {error.strerror}") from None
+
+
+def usage() -> str:
+    """What `weft --help` prints."""
+    rows = [f"  {f'weft {name}':<20}{verb.does}\n{'':<22}{verb.example}" for name, verb in VERBS.items()]
+    flags = [
+        f"  {f'weft {name} {flag} FILE':<34}{does}" for name, verb in VERBS.items() for flag, does in verb.flags.items()
+    ]
+    return "\n".join(
+        [
+            "weft VERB [flags] [recipe=NAME|PATH.yaml] [key=value ...]",
+            "",
+            *rows,
+            "",
+            *flags,
+            "",
+            "Every verb but doctor takes a recipe (tiny unless named) and Hydra's flags: --cfg job shows the composed",
+            "recipe, --multirun sweeps over values (train.seed=1,2), --help lists groups and keys.",
+        ]
+    )

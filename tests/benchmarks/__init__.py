@@ -1,0 +1,1 @@
+"""Measurements, run by hand as `python -m tests.benchmarks.NAME`; pytest does not collect them."""
