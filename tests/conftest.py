@@ -5,12 +5,15 @@ import os
 # Before torch is imported, here and in the workers that inherit it: bitwise comparisons need one thread everywhere.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", TOKENIZERS_PARALLELISM="false")
 
+import hypothesis
 import pytest
 import torch
 
 from tests.workers import Workers
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("weft", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("weft")
 
 
 @pytest.fixture(scope="session")

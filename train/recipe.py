@@ -7,7 +7,8 @@ shows its arithmetic. Nothing here touches a process group. The words that a use
 `train.optim`.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -217,6 +218,7 @@ class Recipe:
 
     def validate(self) -> "Recipe":
         """Check every part, then what spans several. Raises `UserError`; returns itself."""
+        check_finite("", asdict(self))
         one_of("precision", self.precision, PRECISIONS)
         for part in (
             self.model,
@@ -315,6 +317,16 @@ def did_you_mean(word: str, choices: Any) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
+def check_finite(key: str, value: Any) -> None:
+    """Raise `UserError` if a number anywhere in `value`, which `key` holds, is NaN or infinite."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            check_finite(f"{key}.{name}".lstrip("."), item)
+    for number in [value, *(value if isinstance(value, list) else [])]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"{key}={value}: expected a finite number")
+
+
 def check_schedule(key: str, rows: list[Any]) -> None:
     """Raise `UserError` unless `rows` is `[[0, value], [tokens_from, value], ...]` in rising order of tokens."""
     starts = [row[0] for row in rows if is_pair(row)]
@@ -324,4 +336,8 @@ def check_schedule(key: str, rows: list[Any]) -> None:
 
 def is_pair(row: Any) -> bool:
     """Whether `row` is a list of two numbers."""
-    return isinstance(row, list) and len(row) == 2 and all(type(item) in (int, float) for item in row)
+    return (
+        isinstance(row, list)
+        and len(row) == 2
+        and all(type(item) in (int, float) and math.isfinite(item) for item in row)
+    )

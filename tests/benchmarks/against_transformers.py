@@ -1,9 +1,9 @@
 """How fast weft is in one process, beside transformers' DeepSeek-V3: `python -m tests.benchmarks.against_transformers`.
 
 Both train recipe `tiny` without MTP in FP32, from the same weights on the same rows: 2,048 tokens a step, clipping and
-AdamW included. Transformers runs with whichever of its expert implementations and micro-batch splits is fastest here, SDPA
-and fused AdamW; weft with its fastest split. Whole steps alternate, and the median of the pairs' ratios counts, so that a
-machine with other work to do shifts both sides alike. Then the same for BF16, FP8 and MTP beside weft's own FP32.
+AdamW included. Transformers runs with whichever of its expert implementations and micro-batch splits is fastest here,
+with SDPA and fused AdamW; weft with its fastest split. Whole steps alternate, and the median of the pairs' ratios
+counts, for a machine with other work to do slows both of a pair alike. Then BF16, FP8 and MTP beside weft's own FP32.
 """
 
 import argparse
@@ -45,7 +45,7 @@ class Theirs:
         matrices, gains = ([p for p in self.model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": self.optim.weight_decay}, {"params": gains, "weight_decay": 0.0}],
-            betas=tuple(self.optim.betas),
+            betas=(self.optim.betas[0], self.optim.betas[1]),
             eps=self.optim.eps,
             fused=True,
         )

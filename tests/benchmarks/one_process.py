@@ -35,8 +35,12 @@ class Batches:
     """Batches of the recipe's training rows by step. The rows are those of the recipe's seed, whatever the order's."""
 
     def __init__(self, recipe: Recipe) -> None:
-        sizes = {"vocab_size": recipe.model.vocab_size, "sequence_length": recipe.train.sequence_length}
-        self.rows = data.prepare(recipe.data, **sizes, seed=recipe.train.seed).train
+        self.rows = data.prepare(
+            recipe.data,
+            vocab_size=recipe.model.vocab_size,
+            sequence_length=recipe.train.sequence_length,
+            seed=recipe.train.seed,
+        ).train
         self.size = recipe.train.batch.start
 
     def __call__(self, step: int, seed: int = 0) -> Tensor:

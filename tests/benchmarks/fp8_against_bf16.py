@@ -1,0 +1,188 @@
+"""Does FP8 train like BF16? `python -m tests.benchmarks.fp8_against_bf16 --out FILE`, then `--table FILE`.
+
+Recipe `tiny` in one process of one thread trains on the same batches in FP8, in BF16, and in BF16 with another
+micro-batch split: numbers that differ only in the order of sums, which is the noise floor at this scale. At a few steps
+of each BF16 run, FP8 also computes the loss and the gradients from the run's own weights and batch: what quantisation
+does to one step, before chaos has its say. Source of the claim: report section 3.3 and appendix B.1.
+
+A run is named `kind:seed`; FILE has one line of JSON for each that has ended. Runs in FILE are not repeated, and
+several processes may share the work: `--only fp8:0 bf16:0`, and the others elsewhere.
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.benchmarks.one_process import Batches, OneProcess, recipe_of, start_world_of_one
+from train.recipe import Recipe
+
+KINDS = {
+    "bf16": ("precision=bf16",),
+    "fp8": ("precision=fp8",),
+    "resplit": ("precision=bf16", "parallel.microbatch_size=2"),
+}
+LAST = 100  # steps whose mean loss is compared
+
+
+def recipe_for(kind: str, seed: int, steps: int) -> Recipe:
+    """The recipe of a run, with the learning rate's schedule stretched to `steps`."""
+    recipe = recipe_of(*KINDS[kind], f"train.seed={seed}")
+    assert recipe.train.steps
+    lr, stretch = recipe.optim.lr, steps / recipe.train.steps
+    lr.warmup_tokens, lr.constant_until, lr.cosine_tokens = (
+        tokens * stretch for tokens in (lr.warmup_tokens, lr.constant_until, lr.cosine_tokens)
+    )
+    recipe.train.steps = steps
+    return recipe.validate()
+
+
+def train(kind: str, seed: int, steps: int, batches: Batches) -> dict[str, Any]:
+    """One run: its loss step by step; of BF16 also what FP8 makes of its first, an inner and its last step."""
+    run = OneProcess(recipe_for(kind, seed, steps))
+    probed = {1, min(LAST, steps), steps} if kind == "bf16" else set()
+    twin = OneProcess(recipe_for("fp8", seed, steps)) if probed else None
+    losses, probes = [], {}
+    for step in range(steps):
+        rows = batches(step, seed)
+        totals = run.gradients(step, rows)
+        if twin and step + 1 in probed:
+            probes[step + 1] = probe(run, twin, step, rows, totals.losses["loss"])
+        run.update(step, rows, totals)
+        losses.append(totals.losses["loss"])
+        if (step + 1) % 10 == 0:
+            print(f"{kind}:{seed}  step {step + 1}/{steps}  loss {losses[-1]:.4f}", flush=True)
+    return {"kind": kind, "seed": seed, "steps": steps, "losses": losses, "probes": probes}
+
+
+def probe(run: OneProcess, twin: OneProcess, step: int, rows: Tensor, loss: float) -> dict[str, Any]:
+    """Loss and gradients that FP8 makes from the weights and the batch of a BF16 step, beside BF16's own."""
+    twin.stage.load_state_dict(run.stage.state_dict())
+    twin.engine.numerics.bump()
+    theirs = twin.gradients(step, rows).losses["loss"]
+    one, other = (dict(layer_gradients(process)) for process in (run, twin))
+    twin.engine.optimizer.zero_grad()
+    cosines = {name: float(torch.cosine_similarity(one[name], other[name], dim=0)) for name in one}
+    return {"bf16": loss, "fp8": theirs, "cosines": cosines}
+
+
+def layer_gradients(process: OneProcess) -> Iterator[tuple[str, Tensor]]:
+    """(layer, all its gradients in a row); embedding, last norm and head are layers of their own."""
+    layers: dict[str, list[Tensor]] = defaultdict(list)
+    parameter: Any  # with its `main_grad`
+    for name, parameter in process.stage.named_parameters():
+        words = name.removeprefix("model.").split(".")
+        layers[f"layer {words[1]}" if words[0] == "layers" else words[0]].append(parameter.main_grad.flatten())
+    return ((layer, torch.cat(parts)) for layer, parts in layers.items())
+
+
+# ---------------------------------------------------------------- the file that processes share
+def read(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The runs that have ended, by kind and seed."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {(run["kind"], run["seed"]): run for run in map(json.loads, lines)}
+
+
+def append(path: Path, run: dict[str, Any]) -> None:
+    """Add one line, whole, however many processes write."""
+    with path.open("a") as file:
+        file.write(json.dumps(run) + "\n")
+
+
+# ---------------------------------------------------------------- tables
+def table(runs: dict[tuple[str, int], dict[str, Any]]) -> str:
+    """Everything that is claimed, in Markdown."""
+    seeds = sorted(seed for kind, seed in runs if kind == "bf16" and all((other, seed) in runs for other in KINDS))
+    if not seeds:
+        return f"No seed has all of {', '.join(KINDS)} yet."
+    steps = runs["bf16", seeds[0]]["steps"]
+    return "\n\n".join(
+        [
+            f"Mean loss of the last {min(LAST, steps)} of {steps} steps, and its relative difference from BF16's:",
+            last_losses(runs, seeds),
+            f"The same difference in every {LAST} steps, mean over seeds (drift would grow):",
+            drift(runs, seeds, steps),
+            "One step from the weights and on the batch of the BF16 run:",
+            same_weights(runs, seeds),
+        ]
+    )
+
+
+def rows(head: list[str], body: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body])
+
+
+def difference(runs: dict[tuple[str, int], dict[str, Any]], kind: str, seed: int, part: slice) -> float:
+    """Relative difference of the mean loss of some steps from BF16's."""
+    one, other = (statistics.fmean(runs[name, seed]["losses"][part]) for name in (kind, "bf16"))
+    return one / other - 1
+
+
+def last_losses(runs: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> str:
+    """FP8 beside the noise floor, seed by seed."""
+    last = slice(-LAST, None)
+    means = [statistics.fmean(runs["bf16", seed]["losses"][last]) for seed in seeds]
+    found = {kind: [difference(runs, kind, seed, last) for seed in seeds] for kind in ("fp8", "resplit")}
+    body = [
+        [str(seed), f"{means[i]:.4f}", f"{found['fp8'][i]:+.2%}", f"{found['resplit'][i]:+.2%}"]
+        for i, seed in enumerate(seeds)
+    ]
+    average = [statistics.fmean(values) for values in (means, found["fp8"], found["resplit"])]
+    body.append(["mean", f"{average[0]:.4f}", f"{average[1]:+.2%}", f"{average[2]:+.2%}"])
+    sizes = [statistics.fmean(map(abs, found[kind])) for kind in ("fp8", "resplit")]
+    body.append(["mean size", "", *(f"{size:.2%}" for size in sizes)])
+    return rows(["seed", "BF16", "FP8", "BF16, other micro-batch split (noise floor)"], body)
+
+
+def drift(runs: dict[tuple[str, int], dict[str, Any]], seeds: list[int], steps: int) -> str:
+    """Relative differences over the length of the runs."""
+    body = []
+    for start in range(0, steps, LAST):
+        part = slice(start, start + LAST)
+        means = [statistics.fmean(difference(runs, kind, seed, part) for seed in seeds) for kind in ("fp8", "resplit")]
+        body.append([f"{start + 1} to {min(start + LAST, steps)}", *(f"{mean:+.2%}" for mean in means)])
+    return rows(["steps", "FP8", "BF16, other micro-batch split"], body)
+
+
+def same_weights(runs: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> str:
+    """What FP8 does to one step: loss, and the layer whose gradient turns most."""
+    body = []
+    for seed in seeds:
+        for step, found in runs["bf16", seed]["probes"].items():
+            layer = min(found["cosines"], key=lambda name: found["cosines"][name])
+            relative = found["fp8"] / found["bf16"] - 1
+            cells = [f"{found['bf16']:.5f}", f"{found['fp8']:.5f}", f"{relative:+.3%}"]
+            body.append([str(seed), str(step), *cells, f"{found['cosines'][layer]:.4f} ({layer})"])
+    return rows(["seed", "step", "loss in BF16", "in FP8", "difference", "lowest cosine of a layer's gradients"], body)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="FP8 and BF16 training of recipe tiny, beside the noise floor")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--out", type=Path, help="train what this file lacks, and add it there")
+    action.add_argument("--table", type=Path, help="print the tables of this file")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", metavar="KIND:SEED", help=f"some runs; kinds: {', '.join(KINDS)}")
+    options = parser.parse_args()
+    if options.table:
+        print(table(read(options.table)))
+        return
+    torch.set_num_threads(1)
+    start_world_of_one()
+    batches = Batches(recipe_of())
+    for name in options.only or [f"{kind}:{seed}" for seed in range(options.seeds) for kind in KINDS]:
+        kind, seed = name.split(":")
+        if (kind, int(seed)) not in read(options.out):
+            append(options.out, train(kind, int(seed), options.steps, batches))
+
+
+if __name__ == "__main__":
+    main()
