@@ -51,9 +51,9 @@ def schedule(recipe: Any, flags: argparse.Namespace) -> int:
     if flags.json:
         write(flags.json, program.to_json())
     if flags.svg:
-        write(flags.svg, draw.svg(program))
+        write(flags.svg, draw.svg(program, parallel.schedule))
     if not (flags.json or flags.svg):
-        print(draw.text(program))
+        print(draw.text(program, parallel.schedule))
     return 0
 
 

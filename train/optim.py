@@ -8,7 +8,7 @@ shards that `parallel/zero.py` hands it.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -27,7 +27,7 @@ class LRConfig:
     constant_until: float = 0
     cosine_tokens: float = 0
     end: float = 2.2e-5
-    tails: list[list[float]] = field(default_factory=list)
+    tails: list[Any] = field(default_factory=list)  # rows of two numbers, whole ones too
 
     def check(self) -> None:
         """Raise `UserError` naming the first value that cannot work."""

@@ -131,6 +131,7 @@ class Trainer:
 
     def report(self, totals: Totals, batch: int, lr: float, norm: float, began: float, loaded: float) -> None:
         """One record of the step that has just ended."""
+        biases = self.biases() if self.due(self.recipe.log.bias_every) else None
         if not self.metrics:
             return
         seconds = time.perf_counter() - began
@@ -142,11 +143,14 @@ class Trainer:
         violations = {number: max_violation(load) for number, load in totals.loads.items()}
         if violations:
             record["max_violation"] = max(violations.values())
-        self.metrics.step(record, violations, self.biases() if self.due(self.recipe.log.bias_every) else None)
+        self.metrics.step(record, violations, biases)
 
     def biases(self) -> dict[int, list[float]]:
-        """The biases of the routers on this rank, by layer."""
-        return {number: router.e_score_correction_bias.tolist() for number, router in self.engine.routers().items()}
+        """The biases of all routers by layer, wherever they live; called by every rank."""
+        held = {number: router.e_score_correction_bias.tolist() for number, router in self.engine.routers().items()}
+        everyone: list[dict[int, list[float]]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, held)
+        return {number: bias for each in everyone for number, bias in sorted(each.items())}
 
     # -- checkpoints
     def state(self) -> dict[str, Any]:

@@ -68,17 +68,18 @@ def probe(run: OneProcess, twin: OneProcess, step: int, rows: Tensor, loss: floa
     theirs = twin.gradients(step, rows).losses["loss"]
     one, other = (dict(layer_gradients(process)) for process in (run, twin))
     twin.engine.optimizer.zero_grad()
+    lengths = {name: float(other[name].norm() / one[name].norm()) for name in one}
     cosines = {name: float(torch.cosine_similarity(one[name], other[name], dim=0)) for name in one}
-    return {"bf16": loss, "fp8": theirs, "cosines": cosines}
+    return {"bf16": loss, "fp8": theirs, "cosines": cosines, "lengths": lengths}
 
 
 def layer_gradients(process: OneProcess) -> Iterator[tuple[str, Tensor]]:
-    """(layer, all its gradients in a row); embedding, last norm and head are layers of their own."""
+    """(layer, all its gradients in a row, FP64); embedding, last norm and head are layers of their own."""
     layers: dict[str, list[Tensor]] = defaultdict(list)
     parameter: Any  # with its `main_grad`
     for name, parameter in process.stage.named_parameters():
         words = name.removeprefix("model.").split(".")
-        layers[f"layer {words[1]}" if words[0] == "layers" else words[0]].append(parameter.main_grad.flatten())
+        layers[f"layer {words[1]}" if words[0] == "layers" else words[0]].append(parameter.main_grad.flatten().double())
     return ((layer, torch.cat(parts)) for layer, parts in layers.items())
 
 
@@ -152,15 +153,17 @@ def drift(runs: dict[tuple[str, int], dict[str, Any]], seeds: list[int], steps: 
 
 
 def same_weights(runs: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> str:
-    """What FP8 does to one step: loss, and the layer whose gradient turns most."""
+    """What FP8 does to one step: to the loss, to the gradient of the layer that turns, and of the one that shrinks most."""
     body = []
     for seed in seeds:
         for step, found in runs["bf16", seed]["probes"].items():
-            layer = min(found["cosines"], key=lambda name: found["cosines"][name])
-            relative = found["fp8"] / found["bf16"] - 1
-            cells = [f"{found['bf16']:.5f}", f"{found['fp8']:.5f}", f"{relative:+.3%}"]
-            body.append([str(seed), str(step), *cells, f"{found['cosines'][layer]:.4f} ({layer})"])
-    return rows(["seed", "step", "loss in BF16", "in FP8", "difference", "lowest cosine of a layer's gradients"], body)
+            cells = [f"{found['bf16']:.5f}", f"{found['fp8']:.5f}", f"{found['fp8'] / found['bf16'] - 1:+.3%}"]
+            for measure in ("cosines", "lengths"):
+                value, layer = min((value, layer) for layer, value in found[measure].items())
+                cells.append(f"{value:.4f} ({layer})")
+            body.append([str(seed), str(step), *cells])
+    head = ["seed", "step", "loss in BF16", "in FP8", "difference"]
+    return rows([*head, "lowest cosine of a layer's gradients", "lowest ratio of their lengths"], body)
 
 
 def main() -> None:

@@ -62,9 +62,22 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise `UserError` naming the first size that cannot work."""
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}={getattr(self, name)}: expected at least 1")
+        at_least = {
+            1: (
+                *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
+                *("num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"),
+                *("n_routed_experts", "n_group", "max_position_embeddings"),
+            ),
+            0: ("first_k_dense_replace", "qk_rope_head_dim", "n_shared_experts", "num_nextn_predict_layers"),
+        }
+        for minimum, names in at_least.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and value < minimum:
+                    raise UserError(f"model.{name}={value}: expected at least {minimum}")
+        for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "initializer_range"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"model.{name}={getattr(self, name)}: expected above 0")
         if self.qk_rope_head_dim % 2:
             raise UserError(f"model.qk_rope_head_dim={self.qk_rope_head_dim}: expected an even number (rotary pairs)")
         if self.n_routed_experts % self.n_group:

@@ -1,0 +1,255 @@
+"""The loop with real processes: a killed run resumes bitwise, torchrun and weft agree, bad steps leave no trace.
+
+Runs are small (the layout tests' sizes, 8 sequences of 32 tokens) and read weft's own sources. What need not start from
+a command line runs in the pool of workers.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.train.layouts import LAYOUTS, SMALL, batch_of, small_recipe
+from train.compose import compose
+from train.engine import Engine
+from train.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+WEFT = [sys.executable, "-P", "-c", "import sys; from launch.cli import main; sys.exit(main())", "train"]
+TORCHRUN = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train"]
+EVERYTHING_ON = LAYOUTS["dualpipe 2, data 2, expert 2"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> list[str]:
+    """Overrides that make `tiny` a run of seconds on a text of its own."""
+    folder = tmp_path_factory.mktemp("corpus")
+    sources = [json.dumps({"text": path.read_text()}) for path in sorted((ROOT / "train").rglob("*.py"))]
+    (folder / "sources.jsonl").write_text("\n".join(sources) + "\n")
+    sizes = {f"model.{key}": value for key, value in (SMALL | {"vocab_size": 512}).items()}
+    data = {"data.path": folder / "sources.jsonl", "data.heldout": 0.1, "data.cache": folder / "cache"}
+    train = {"train.sequence_length": 32, "train.eval_rows": 8, "train.threads": 1, "optim.lr.warmup_tokens": 512}
+    return ["recipe=tiny", "data=hf", *(f"{key}={value}" for key, value in (sizes | data | train).items())]
+
+
+def start(command: list[str], words: list[str]) -> subprocess.Popen:
+    """A command line on its way, seen from outside as a user's shell would start it."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {**kept, "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*command, *words], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(command: list[str], words: list[str]) -> str:
+    """What a command that must succeed prints."""
+    process = start(command, words)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def records(run: Path, file: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
+
+
+def course(run: Path) -> list[tuple]:
+    """What must be equal to the bit, step by step."""
+    return [(each["step"], each["tokens"], each["loss"], each["mtp_loss"], each["grad_norm"]) for each in records(run)]
+
+
+def ranks_of(agent: int) -> list[int]:
+    """The processes of a run's ranks, which its launcher has started."""
+    lists = [path.read_text().split() for path in Path(f"/proc/{agent}/task").glob("*/children")]
+    children = [int(pid) for each in lists for pid in each]
+    return [pid for pid in children if b"\0train\0--config" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def wait_for_step(step: int, run: Path, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 240
+    while time.monotonic() < until and process.poll() is None:
+        file = run / "metrics.jsonl"
+        if file.exists() and file.read_text().count("\n") >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {process.communicate(timeout=10)}")
+
+
+def fit(words: list[str]) -> None:
+    """A whole run on this rank of the pool."""
+    Trainer(compose(words), torch.device("cpu")).fit()
+
+
+# ---------------------------------------------------------------- start, end, start again
+def test_a_run_resumed_after_sigkill_is_bitwise_the_uninterrupted_one(workers, corpus, tmp_path):
+    words = [*corpus, "train.steps=9", "checkpoint.every=3", f"run.dir={tmp_path}"]
+    workers(4).run(fit, [*words, "run.name=whole"], timeout=300)
+    words.append("run.name=killed")
+
+    killed = start(WEFT, words)
+    wait_for_step(4, tmp_path / "killed", killed)
+    ranks = ranks_of(killed.pid)
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+    _, err = killed.communicate(timeout=100)
+    assert len(ranks) == 4 and killed.returncode == 1 and "SIGKILL" in err
+    before = course(tmp_path / "killed")
+    assert 4 <= len(before) < 9, "killed in the middle, after a checkpoint"
+
+    finish(WEFT, [*words, "checkpoint.resume=auto"])
+    assert before == course(tmp_path / "whole")[: len(before)], "the same as in the pool, until it was killed"
+    assert course(tmp_path / "killed") == course(tmp_path / "whole"), "and the same to the end"
+    assert records(tmp_path / "killed", "evaluations.jsonl") == records(tmp_path / "whole", "evaluations.jsonl")
+
+
+def test_torchrun_does_the_same_as_weft_train(corpus, tmp_path):
+    words = [
+        *corpus,
+        "parallel.data=1",
+        "parallel.expert=1",
+        "train.steps=3",
+        "checkpoint.every=0",
+        f"run.dir={tmp_path}",
+    ]
+    finish(WEFT, [*words, "run.name=weft"])
+    finish(TORCHRUN, [*words, "run.name=torchrun"])
+    assert len(course(tmp_path / "weft")) == 3
+    assert course(tmp_path / "weft") == course(tmp_path / "torchrun")
+    assert records(tmp_path / "weft", "evaluations.jsonl") == records(tmp_path / "torchrun", "evaluations.jsonl")
+
+
+# ---------------------------------------------------------------- steps left out
+def everything(engine: Engine) -> dict[str, torch.Tensor]:
+    """Copies of all that a step may move: parameters, masters, moments, biases, and gradients, which it clears."""
+    state = {f"bias {number}": router.e_score_correction_bias for number, router in engine.routers().items()}
+    for bucket in engine.buckets:
+        for name, parameter in bucket.parameters.items():
+            state |= {name: parameter.detach(), f"gradient {name}": parameter.main_grad}
+    for key, shards in engine.optimizer.state_dict().items():
+        state |= {key: shards} if key == "applied_steps" else {f"{key} {n}": s.local for n, s in shards.items()}
+    return {key: value.clone() for key, value in state.items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def step(engine: Engine, number: int, spoil=lambda: None) -> tuple[bool, float, dict[str, float]]:
+    """A step on the batch of that number: (applied, gradient norm, losses)."""
+    size = engine.recipe.train.batch.start
+    rows = batch_of(number, engine.recipe)
+    tokens = {mb: rows[list(ids)] for mb, ids in engine.sequences(size).items()}
+    totals = engine.forward_backward(tokens if engine.needs_tokens else {}, size, 0.3)
+    spoil()
+    return *engine.update(1e-3, 1e-3, totals), totals.losses
+
+
+def skip_one(kind: str, guilty: int, value: float) -> dict[str, bool]:
+    """Two good steps, with a bad one between them; and what two good steps alone lead to."""
+    engine = Engine(small_recipe(EVERYTHING_ON, "fp8"), torch.device("cpu"))
+
+    def spoil():
+        bucket = next(bucket for bucket in engine.buckets if bucket.kind == kind)
+        if dist.get_rank() == guilty:
+            next(reversed(bucket.parameters.values())).main_grad.view(-1)[-1] = value
+
+    applied = [step(engine, 0)[0]]
+    before, epoch = everything(engine), engine.numerics.epoch
+    bad, norm, _ = step(engine, 7, spoil)
+    untouched = same(before, everything(engine)) and engine.numerics.epoch == epoch
+    applied.append(step(engine, 1)[0])
+    after = everything(engine)
+
+    engine = Engine(small_recipe(EVERYTHING_ON, "fp8"), torch.device("cpu"))
+    for number in (0, 1):
+        step(engine, number)
+    return {
+        "applied": all(applied),
+        "skipped": not bad and not norm < float("inf"),
+        "untouched": untouched,
+        "moves again": not same(before, after),
+        "as if the bad step had never been": same(after, everything(engine)),
+    }
+
+
+@pytest.mark.parametrize(("kind", "guilty", "value"), [("dense", 3, float("nan")), ("experts", 0, float("inf"))])
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_everywhere(workers, kind, guilty, value):
+    for rank, found in enumerate(workers(4).run(skip_one, kind, guilty, value)):
+        assert all(found.values()), f"rank {rank}: {found}"
+
+
+def fit_spoiled(words: list[str], bad: set[int]) -> tuple[str, int]:
+    """A run in which rank 1's gradients are spoiled at some steps; what ends it, and at which step."""
+    trainer = Trainer(compose(words), torch.device("cpu"))
+    honest = trainer.engine.forward_backward
+
+    def spoiled(*arguments):
+        totals = honest(*arguments)
+        if dist.get_rank() == 1 and trainer.step + 1 in bad:
+            next(iter(trainer.engine.buckets[0].parameters.values())).main_grad.fill_(float("nan"))
+        return totals
+
+    trainer.engine.forward_backward = spoiled
+    try:
+        trainer.fit()
+    except RuntimeError as error:
+        return str(error), trainer.step
+    return "", trainer.step
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(workers, corpus, tmp_path):
+    words = [*corpus, "train.steps=8", "train.max_skips=2", "checkpoint.every=0", f"run.dir={tmp_path}", "run.name=bad"]
+    for message, reached in workers(4).run(fit_spoiled, words, {2, 4, 5}, timeout=300):
+        assert message == "step 5: 2 steps in a row had a gradient that is not finite" and reached == 5
+    reported = records(tmp_path / "bad")
+    assert [each["dropped_steps"] for each in reported] == [0, 1, 1, 2]
+    assert [each["grad_norm"] is None for each in reported] == [False, True, False, True]
+
+
+# ---------------------------------------------------------------- evaluation
+def train_and_evaluate(layout: dict, precision: str, evaluates: bool) -> dict:
+    """Two steps, and between them (or not) an evaluation of 16 other rows and one of the batch that comes next."""
+    engine = Engine(small_recipe(layout, precision), torch.device("cpu"))
+    step(engine, 0)
+    evaluations, untouched = [], True
+    if evaluates:
+        before = everything(engine)
+        for rows in (torch.cat([batch_of(8, engine.recipe), batch_of(9, engine.recipe)]), batch_of(1, engine.recipe)):
+            wanted = engine.sequences(len(rows)) if engine.needs_tokens else {}
+            evaluations.append(engine.evaluate({mb: rows[list(ids)] for mb, ids in wanted.items()}, len(rows)))
+        untouched = same(before, everything(engine))
+    idle = not any(router.load.any() for router in engine.routers().values())
+    counted = any(load.any() for totals in evaluations for load in totals.loads.values())
+    return {
+        "evaluations": [totals.losses for totals in evaluations],
+        "untouched": untouched and idle and not counted,
+        "next step": step(engine, 1),
+        "afterwards": everything(engine),
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp32"])
+def test_evaluation_leaves_no_trace_in_training(workers, precision):
+    with_it = workers(4).run(train_and_evaluate, EVERYTHING_ON, precision, True)
+    without = workers(4).run(train_and_evaluate, EVERYTHING_ON, precision, False)
+    for one, other in zip(with_it, without, strict=True):
+        assert one["untouched"] and one["next step"] == other["next step"]
+        assert same(one["afterwards"], other["afterwards"])
+        assert one["evaluations"][1]["loss"] == pytest.approx(one["next step"][2]["loss"], rel=1e-12), "the same rows"
+
+
+@pytest.mark.parametrize("name", ["dualpipe 2", "dualpipe 2, data 2, expert 2", "1f1b 4", "data 4, expert 4"])
+def test_evaluation_is_the_same_in_every_layout(workers, name):
+    (alone,) = workers(1).run(train_and_evaluate, LAYOUTS["one process"], "fp64", True)
+    size = small_recipe(LAYOUTS[name], "fp64").parallel.world_size
+    for part in workers(size).run(train_and_evaluate, LAYOUTS[name], "fp64", True):
+        assert part["untouched"]
+        for one, other in zip(alone["evaluations"], part["evaluations"], strict=True):
+            for loss in ("loss", "mtp_loss"):
+                assert other[loss] == pytest.approx(one[loss], rel=1e-12)
