@@ -153,7 +153,7 @@ def drift(runs: dict[tuple[str, int], dict[str, Any]], seeds: list[int], steps: 
 
 
 def same_weights(runs: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> str:
-    """What FP8 does to one step: to the loss, to the gradient of the layer that turns, and of the one that shrinks most."""
+    """What FP8 does to one step: to the loss, and to the gradients that turn most and shrink most."""
     body = []
     for seed in seeds:
         for step, found in runs["bf16", seed]["probes"].items():
