@@ -1,7 +1,7 @@
 """The loop with real processes: a killed run resumes bitwise, torchrun and weft agree, bad steps leave no trace.
 
-Runs are small (the layout tests' widths, 8 sequences of 32 tokens) and read weft's own sources. What need not start from
-a command line runs in the pool of workers.
+Runs are small (the layout tests' widths, 8 sequences of 32 tokens) and read weft's own sources. What need not start
+from a command line runs in the pool of workers.
 """
 
 import json
@@ -113,13 +113,13 @@ def test_torchrun_does_the_same_as_weft_train(corpus, tmp_path):
         *corpus,
         "parallel.data=1",
         "parallel.expert=1",
-        "train.steps=3",
+        "train.steps=2",
         "checkpoint.every=0",
         f"run.dir={tmp_path}",
     ]
     finish(WEFT, [*words, "run.name=weft"])
     finish(TORCHRUN, [*words, "run.name=torchrun"])
-    assert len(course(tmp_path / "weft")) == 3
+    assert len(course(tmp_path / "weft")) == 2
     assert course(tmp_path / "weft") == course(tmp_path / "torchrun")
     assert records(tmp_path / "weft", "evaluations.jsonl") == records(tmp_path / "torchrun", "evaluations.jsonl")
 
