@@ -85,7 +85,7 @@ def machine() -> Iterator[Finding]:
     cores = os.cpu_count() or 1
     yield Finding("good" if cores >= 2 else "note", "cores", f"{cores}; recipe tiny runs 4 processes on them")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    yield Finding("good" if memory >= 4 else "bad", "memory", f"{memory:.0f} GB; recipe tiny wants 4")
+    yield Finding("good" if memory >= 8 else "bad", "memory", f"{memory:.0f} GB; recipe tiny wants 8")
     threads = os.environ.get("OMP_NUM_THREADS")
     yield Finding("good", "OMP_NUM_THREADS", threads or "not set: cores / processes")
     gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()

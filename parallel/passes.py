@@ -30,7 +30,10 @@ from kernels.linear import WeightGrads
 # ---------------------------------------------------------------- effects
 @dataclass(frozen=True)
 class Comm:
-    """A communication is in flight; whoever yielded it waits for it when resumed. `bytes` leave this rank."""
+    """A communication is in flight; whoever yielded it waits for it when resumed.
+
+    bytes: what was handed to it, rows that stay on this rank included.
+    """
 
     name: str
     work: Any
