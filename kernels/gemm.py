@@ -5,12 +5,17 @@ no such GEMM for CPUs. But products of BF16 values are exact in FP32, so the ope
 while oneDNN may use its BF16 units: the same numbers, at the speed of BF16.
 """
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.ops import Cost, op, size
+
+# oneDNN compiles a GEMM for each shape and keeps the last 1,024. Experts get another number of rows each time, which
+# would fill that many within a step; with room for all, a BF16 step of recipe tiny takes two thirds of the time.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 _onednn: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
