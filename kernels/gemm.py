@@ -5,7 +5,6 @@ no such GEMM for CPUs. But products of BF16 values are exact in FP32, so the ope
 while oneDNN may use its BF16 units: the same numbers, at the speed of BF16.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from kernels.ops import Cost, op, size
 
-# oneDNN compiles a GEMM for each shape and keeps the last 1,024. Experts get another number of rows each time, which
-# would fill that many within a step; with room for all, a BF16 step of recipe tiny takes two thirds of the time.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+ROWS = 64
+"""On a CPU oneDNN compiles a BF16 GEMM for each shape and keeps a thousand. Experts get another number of rows each
+time, which uses that many up within a step; in multiples of 64 there are few shapes, each compiled once."""
 
 _onednn: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
@@ -87,8 +86,28 @@ def _grouped_cost(rows: Tensor, b_EKN: Tensor, counts: list[int]) -> Cost:
 )
 def grouped_mm(a_RK: Tensor, b_EKN: Tensor, counts: list[int]) -> Tensor:
     """Rows sorted by expert, `counts[e]` of them each, times that expert's matrix: [R, N]."""
-    parts = [torch.mm(a, b) for a, b, n in zip(a_RK.split(counts), b_EKN.unbind(), counts, strict=True) if n]
-    return torch.cat(parts) if parts else a_RK.new_empty(0, b_EKN.shape[2])
+    R, N = a_RK.shape[0], b_EKN.shape[2]
+    step = ROWS if _few_shapes(a_RK) else 1
+    if step > 1:
+        a_RK = torch.cat([a_RK, a_RK.new_zeros(step - 1, a_RK.shape[1])])
+    out = a_RK.new_empty(R + step - 1, N)
+    start = 0
+    for b, n in zip(b_EKN.unbind(), counts, strict=True):
+        if n:  # rows of the next expert may be multiplied too; its own turn then overwrites them
+            end = start + _up(n, step)
+            torch.mm(a_RK[start:end], b, out=out[start:end])
+        start += n
+    return out[:R]
+
+
+def _few_shapes(rows: Tensor) -> bool:
+    """Whether GEMMs of these rows are compiled by shape."""
+    return rows.dtype == torch.bfloat16 and not rows.is_cuda
+
+
+def _up(rows: int, step: int) -> int:
+    """`rows` rounded up to a multiple of `step`."""
+    return -(-rows // step) * step
 
 
 @op(
@@ -98,15 +117,24 @@ def grouped_mm(a_RK: Tensor, b_EKN: Tensor, counts: list[int]) -> Tensor:
 )
 def grouped_accumulate_mm(out_EMN: Tensor, a_RM: Tensor, b_RN: Tensor, counts: list[int]) -> None:
     """out[e] += a[rows of e]^T @ b[rows of e] in the dtype of `out`."""
-    if a_RM.dtype != out_EMN.dtype and not a_RM.is_cuda:
-        a_RM, b_RN = a_RM.to(out_EMN.dtype), b_RN.to(out_EMN.dtype)
-        with BF16Units(out_EMN):
-            _grouped_accumulate(out_EMN, a_RM, b_RN, counts)
-    else:
+    if not _few_shapes(a_RM):
         _grouped_accumulate(out_EMN, a_RM, b_RN, counts)
+        return
+    a_RM, b_RN = (_padded(rows, counts, out_EMN.dtype) for rows in (a_RM, b_RN))
+    with BF16Units(out_EMN):
+        _grouped_accumulate(out_EMN, a_RM, b_RN, [_up(count, ROWS) for count in counts])
 
 
 def _grouped_accumulate(out_EMN: Tensor, a_RM: Tensor, b_RN: Tensor, counts: list[int]) -> None:
     for out, a, b, n in zip(out_EMN.unbind(), a_RM.split(counts), b_RN.split(counts), counts, strict=True):
         if n:
             accumulate(out, a.t(), b)
+
+
+def _padded(rows: Tensor, counts: list[int], dtype: torch.dtype) -> Tensor:
+    """The rows in `dtype`, those of each expert followed by zeros up to a multiple of `ROWS`."""
+    sizes = [_up(count, ROWS) for count in counts]
+    padded = rows.new_zeros(sum(sizes), rows.shape[1], dtype=dtype)
+    for target, source, n in zip(padded.split(sizes), rows.split(counts), counts, strict=True):
+        target[:n] = source
+    return padded
