@@ -29,6 +29,9 @@ deepspeed.ops.__compatible_ops__ = {}  # asked for, it would probe compilers and
 bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it collects garbage and prints, several times a bucket
 
 
+PIECE = 1 << 16  # elements whose squares are summed at a time: widened, they still fit a cache
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Parameters that the same ranks replicate, in an order on which those ranks agree.
@@ -149,8 +152,8 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
 
         Each element lies in exactly one rank's share, so that nothing is counted twice, however often it is replicated.
         """
-        squares = [torch.linalg.vector_norm(shard, dtype=torch.float64).square() for shard in self.gradient_shards]
-        total = torch.stack(squares).sum()
+        pieces = (piece.double() for shard in self.gradient_shards for piece in shard.split(PIECE))
+        total = torch.stack([torch.dot(piece, piece) for piece in pieces]).sum()
         dist.all_reduce(total)
         return total.sqrt()
 

@@ -7,10 +7,14 @@ counts, for a machine with other work to do slows both of a pair alike. Then BF1
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+
+# Before torch is imported: a thread that spins while another process has its partner's core would time that process.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from torch import Tensor

@@ -24,9 +24,9 @@ from tests.benchmarks.one_process import Batches, OneProcess, recipe_of, start_w
 from train.recipe import Recipe
 
 KINDS = {
-    "bf16": ("precision=bf16",),
-    "fp8": ("precision=fp8",),
-    "resplit": ("precision=bf16", "parallel.microbatch_size=2"),
+    "bf16": ("precision=bf16", "parallel.microbatch_size=8"),
+    "fp8": ("precision=fp8", "parallel.microbatch_size=8"),
+    "resplit": ("precision=bf16", "parallel.microbatch_size=4"),
 }
 LAST = 100  # steps whose mean loss is compared
 
