@@ -24,7 +24,7 @@ from kernels.ops import Cost, op, size, wide
 def rms_norm_forward(x_TD: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The normed rows, and 1 / sqrt(mean(x^2) + eps) of each."""
     x = x_TD.to(wide(x_TD.dtype))
-    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (x * scale).mul_(gain_D.to(x.dtype)).to(x_TD.dtype), scale
 
 
@@ -34,14 +34,14 @@ def rms_norm_forward(x_TD: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, 
 )
 def rms_norm_backward(dy_TD: Tensor, x_TD: Tensor, gain_D: Tensor, scale_T1: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the input and of the gain."""
-    dtype, D = scale_T1.dtype, x_TD.shape[-1]
-    x, dy, scale = x_TD.to(dtype).view(-1, D), dy_TD.to(dtype).reshape(-1, D), scale_T1.view(-1, 1)
-    gain = gain_D.to(dtype)
-    product = dy * x
-    d_gain = torch.mv(product.t(), scale.flatten())
-    along = torch.mv(product, gain).unsqueeze(1).mul_(scale.pow(3).div_(D))
-    dx = (dy * gain).mul_(scale).addcmul_(x, along, value=-1)
-    return dx.to(x_TD.dtype).view(x_TD.shape), d_gain.to(gain_D.dtype)
+    dtype = scale_T1.dtype
+    dy, gain = dy_TD.to(dtype), gain_D.to(dtype)
+    normed = x_TD.to(dtype) * scale_T1
+    product = dy * normed
+    d_gain = product.flatten(0, -2).sum(0)
+    mean = product.mul_(gain).mean(-1, keepdim=True)
+    dx = (dy * gain).sub_(normed.mul_(mean)).mul_(scale_T1)
+    return dx.to(x_TD.dtype), d_gain.to(gain_D.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
