@@ -7,7 +7,7 @@ they would keep the whole graph before them alive. `Numerics` says in which prec
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,26 +23,27 @@ class WeightGrads:
 
     def __init__(self) -> None:
         self.now: list[Callable[[], None]] = []
-        self.groups: deque[list[Callable[[], None]]] = deque()
+        self.groups: deque[tuple[Hashable, list[Callable[[], None]]]] = deque()
 
     def run(self) -> None:
         """Compute all of `now`."""
         group, self.now = self.now, []
         _drain(group)
 
-    def defer(self) -> None:
-        """Put `now` at the tail of the queue, as one group."""
-        self.groups.append(self.now)
+    def defer(self, owner: Hashable = None) -> None:
+        """Put `now` at the tail of the queue, as one group of `owner` (in a pipeline: a stage)."""
+        self.groups.append((owner, self.now))
         self.now = []
 
-    def pop(self) -> None:
-        """Compute the oldest group of the queue."""
-        if not self.groups:
+    def pop(self, owner: Hashable = None) -> None:
+        """Compute the oldest group of `owner`."""
+        oldest = next((each for each in self.groups if each[0] == owner), None)
+        if oldest is None:
             raise RuntimeError("no deferred weight gradients: a W without its I")
-        _drain(self.groups.popleft())
+        self.groups.remove(oldest)
+        _drain(oldest[1])
 
 
-@torch.no_grad()
 @torch.no_grad()
 def _drain(group: list[Callable[[], None]]) -> None:
     group.reverse()

@@ -1,9 +1,10 @@
 """A pass is a generator: the forward or backward of one micro-batch through one stage.
 
-It yields an effect each time it has put a communication in flight or needs the host, and waits for it when it is
-resumed. Running one pass = exhausting it; running an `F&B` pair = `merge`, by a fixed table. A stage is a list of
-segments with named inputs and outputs: `Local` ones compute, each in an autograd graph of its own; `Exchange` ones
-(parallel/experts) move tokens to their experts and back. The tape remembers what backward needs, segment by segment.
+It yields an effect each time it has put a communication in flight or needs the host; whoever runs it waits for that
+before it resumes it. Running one pass = exhausting it; running an `F&B` pair = `merge`, by a fixed table. A stage is a
+list of segments with named inputs and outputs: `Local` ones compute, each in an autograd graph of its own; `Dispatch`
+and `Combine` (parallel/experts) move tokens to their experts and back. The tape remembers what backward needs, segment
+by segment.
 
       B   combine(B)>| mlp(B)      dispatch(B)> mlp(W) | attention(B)  combine(B)> attention(W) | ...
       F               attention(F) dispatch(F)>        | mlp(F)       combine(F)>              | attention(F) ...
@@ -15,7 +16,7 @@ same order whatever the timing. Source: report section 3.2.1 and figure 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,12 +26,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kernels.linear import WeightGrads
+from parallel.trace import OFF, Trace
 
 
 # ---------------------------------------------------------------- effects
 @dataclass(frozen=True)
 class Comm:
-    """A communication is in flight; whoever yielded it waits for it when resumed.
+    """A communication is in flight; the pass is resumed when `work` is done.
 
     bytes: what was handed to it, rows that stay on this rank included.
     """
@@ -43,9 +45,10 @@ class Comm:
 
 @dataclass(frozen=True)
 class HostSync:
-    """The host is about to read something that is on its way to it."""
+    """The host is about to read what `work` brings; the pass keeps its turn."""
 
     name: str
+    work: Any
 
 
 @dataclass(frozen=True)
@@ -65,21 +68,17 @@ Pass = Generator[Effect, None, Any]
 class Microbatch:
     """One micro-batch on its way through the stages.
 
-    tokens: [sequences, T+1] int64 where the first or last stage needs them. seeds: gradient of the step's objective
-    with respect to each raw loss sum. sums: raw loss sums are added here, in FP64 (shared by all micro-batches of a
-    step). training: False runs forward only, without tape, leaving router counts untouched.
+    tokens: [sequences, T+1] int64 where the first or last stage needs them. shape: of its hidden states between stages,
+    [sequences, T, D]. seeds: gradient of the step's objective with respect to each raw loss sum. losses: those sums by
+    (name, layer), FP64. training: False runs forward only, without tape, leaving router counts untouched.
     """
 
     index: int
     tokens: Tensor | None
-    seeds: dict[str, float] = field(default_factory=dict)
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
+    seeds: Mapping[str, float] = field(default_factory=dict)
+    losses: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     training: bool = True
-
-    def add(self, loss: str, value: Tensor) -> None:
-        """Add a raw loss sum of this micro-batch to the step's total."""
-        value = value.detach().double()
-        self.sums[loss] = self.sums[loss] + value if loss in self.sums else value
 
 
 Values = dict[str, Any]
@@ -151,7 +150,7 @@ class Local:
                 edges[name] = get_gradient_edge(result)
                 result = result.detach()
             if name in self.losses:
-                batch.add(name, result)
+                batch.losses[name, self.layer] = result.detach().double()
             else:
                 values[name] = result
         return inputs, edges
@@ -169,7 +168,7 @@ class Local:
         for name in self.losses:
             if name in edges:
                 roots.append(edges[name])
-                seeds.append(torch.tensor(batch.seeds[name], dtype=batch.sums[name].dtype))
+                seeds.append(torch.tensor(batch.seeds[name], dtype=torch.float64))
         if roots:
             torch.autograd.backward(roots, _like_roots(roots, seeds))
         for name, value in inputs.items():
@@ -249,14 +248,15 @@ def backward(
     while tape:
         segment, record = tape.pop()
         for effect in segment.backward(record, grads, batch, stage.index):
-            if isinstance(effect, Comm) and not split:
+            if isinstance(effect, Comm) and weights.now and not split:
+                yield Compute("weights.W", segment.layer)
                 weights.run()
             yield effect
     return grads.get("hidden")
 
 
 # ---------------------------------------------------------------- running passes
-def merge(*passes: Pass, watch: Callable[[Effect], None] = lambda effect: None) -> list[Any]:
+def merge(*passes: Pass, trace: Trace = OFF) -> list[Any]:
     """Run the passes to their ends, taking turns; returns their results in the order given.
 
     A turn ends when the pass has put a communication in flight, or has ended; a host read or a segment border does not
@@ -270,20 +270,31 @@ def merge(*passes: Pass, watch: Callable[[Effect], None] = lambda effect: None) 
     try:
         while live:
             for position, one in list(live.items()):
-                in_flight.pop(position, None)  # the pass itself waits for it now
+                effect: Effect | None = in_flight.pop(position, None)
                 try:
-                    while not isinstance(effect := next(one), Comm):
-                        watch(effect)
-                    watch(effect)
+                    while not isinstance(effect := _resume(one, effect, trace), Comm):
+                        pass
                     in_flight[position] = effect
+                    trace.post("experts", effect.name, effect.work, effect.bytes)
                 except StopIteration as end:
                     results[position] = end.value
                     del live[position]
     except BaseException:
         for one in passes:
             one.close()
-        for effect in in_flight.values():
+        for comm in in_flight.values():
             with suppress(RuntimeError):
-                effect.work.wait()
+                comm.work.wait()
         raise
     return results
+
+
+def _resume(one: Pass, effect: Effect | None, trace: Trace) -> Effect:
+    """Wait for what the pass has yielded last, and run it to its next effect."""
+    if isinstance(effect, Compute):
+        with trace.span("compute", effect.name, layer=effect.layer):
+            return next(one)
+    if effect is not None:
+        with trace.span("wait", effect.name):
+            effect.work.wait()
+    return next(one)

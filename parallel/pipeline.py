@@ -2,11 +2,12 @@
 
 Sends and receives are posted in the program's order and never batched. Only the instruction that consumes a message
 waits for its receive; a send is never waited for, only reaped. There is one process group for each direction of travel,
-so that a message to the right never queues behind one to the left.
+so that a message to the right never queues behind one to the left. What an instruction holds is given back when it
+ends: its message with the send, its tape with the backward, its weight gradients' operands one by one.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from kernels.linear import WeightGrads
 from parallel.mesh import Mesh
-from parallel.passes import Effect, Microbatch, Pass, Stage, Tape, backward, forward, merge
+from parallel.passes import Microbatch, Pass, Stage, Tape, backward, forward, merge
 from parallel.schedule import lower
-from parallel.schedule.program import Instruction, Message, Program, makes, needs, passes
+from parallel.schedule.program import Instruction, Message, Program, makes, needs, passes, spell
+from parallel.trace import OFF, Trace
 
 SENDS_IN_FLIGHT = 4  # more than these, and the oldest is waited for, so that its memory returns
 
@@ -30,6 +32,7 @@ class Messages:
     mesh: Mesh
     dtype: torch.dtype
     device: torch.device
+    trace: Trace
     made: dict[Message, Tensor] = field(default_factory=dict)
     arriving: dict[Message, tuple[Any, Tensor]] = field(default_factory=dict)
     leaving: deque[tuple[Any, Tensor]] = field(default_factory=deque)
@@ -38,14 +41,16 @@ class Messages:
         """Post; the tensor is held until the send is done. Safe: the program also finishes if every send blocks."""
         tensor = self.made.pop(message).contiguous()
         work = dist.isend(tensor, self.mesh.peer(peer), group=self.mesh.travel(self.mesh.pipeline_rank, peer))
+        self.trace.post("pipeline", f"send {spell(message)}", work, tensor.nbytes)
         self.leaving.append((work, tensor))
         while self.leaving and (len(self.leaving) > SENDS_IN_FLIGHT or self.leaving[0][0].is_completed()):
             self.leaving.popleft()[0].wait()
 
-    def receive(self, message: Message, peer: int, shape: Sequence[int]) -> None:
+    def receive(self, message: Message, peer: int, shape: tuple[int, ...]) -> None:
         """Post a receive of a tensor of `shape`."""
         tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
         work = dist.irecv(tensor, self.mesh.peer(peer), group=self.mesh.travel(peer, self.mesh.pipeline_rank))
+        self.trace.post("pipeline", f"receive {spell(message)}", work, tensor.nbytes)
         self.arriving[message] = work, tensor
 
     def take(self, message: Message) -> Tensor:
@@ -53,17 +58,23 @@ class Messages:
         if message in self.made:
             return self.made.pop(message)
         work, tensor = self.arriving.pop(message)
-        work.wait()
+        with self.trace.span("wait", "receive"):
+            work.wait()
         return tensor
 
     def finish(self) -> None:
         """Wait for the sends that are left."""
-        while self.leaving:
-            self.leaving.popleft()[0].wait()
+        with self.trace.span("wait", "send"):
+            while self.leaving:
+                self.leaving.popleft()[0].wait()
 
 
 class Pipeline:
-    """One rank of one pipeline: its stages, and the programs that it has run so far, lowered once each."""
+    """One rank of one pipeline: its stages, and the programs that it has run so far, lowered once each.
+
+    After a step `peak_tapes` and `peak_deferred` say how many micro-batches' activations, and how many groups of
+    deferred weight gradients, it held at most: what the program's own counts promise.
+    """
 
     def __init__(
         self,
@@ -72,54 +83,64 @@ class Pipeline:
         weights: WeightGrads,
         dtype: torch.dtype,
         device: torch.device,
-        watch: Callable[[Effect], None] = lambda effect: None,
+        reduce: Callable[[int], None] = lambda stage: None,
+        trace: Trace = OFF,
     ) -> None:
-        """stages: those held here, by number. dtype: of every message. watch: sees each effect of each pass."""
-        self.mesh, self.stages, self.weights, self.watch = mesh, stages, weights, watch
+        """stages: those held here, by number. dtype: of every message. reduce: starts to sum a stage's gradients."""
+        self.mesh, self.stages, self.weights, self.reduce, self.trace = mesh, stages, weights, reduce, trace
         self.dtype, self.device = dtype, device
-        self.peak_tapes = 0
+        self.peak_tapes = self.peak_deferred = 0
         self._lowered: dict[Program, list[Instruction]] = {}
 
-    def step(self, program: Program, batches: Mapping[int, Microbatch], shape: Sequence[int]) -> None:
-        """Run `program` on the micro-batches; losses are added to the batches' sums, gradients to `main_grad`.
+    def step(self, program: Program, batches: Mapping[int, Microbatch]) -> None:
+        """Run `program` on the micro-batches; losses are in the batches afterwards, gradients in `main_grad`.
 
         batches: all micro-batches of this pipeline by number (tokens where a first or last stage needs them).
-        shape: of the hidden states between stages, [sequences, T, D].
         """
         if program not in self._lowered:
             self._lowered[program] = lower(program)[self.mesh.pipeline_rank]
-        self.messages = Messages(self.mesh, self.dtype, self.device)
+        self.messages = Messages(self.mesh, self.dtype, self.device, self.trace)
         self.tapes: dict[tuple[int, int], Tape] = {}
+        self.peak_tapes = self.peak_deferred = 0
         for instruction in self._lowered[program]:
             match instruction:
                 case ("SEND", kind, stage, mb, peer):
                     self.messages.send((kind, stage, mb), peer)
                 case ("RECV", kind, stage, mb, peer):
-                    self.messages.receive((kind, stage, mb), peer, shape)
-                case ("R", _):
-                    pass  # gradients are reduced by the optimizer after the step
+                    self.messages.receive((kind, stage, mb), peer, batches[mb].shape)
+                case ("R", stage):
+                    self._run_weights()
+                    self.reduce(stage)
                 case _:
-                    self.weights.run()  # what the last instruction left until its messages were posted
-                    self._compute(program, instruction, batches)
-        self.weights.run()
+                    self._run_weights()
+                    with self.trace.span("instruction", spell(instruction)):
+                        self._compute(program, instruction, batches)
+        self._run_weights()
         self.messages.finish()
         assert not (self.tapes or self.messages.made or self.messages.arriving or self.weights.groups)
 
+    def _run_weights(self) -> None:
+        """The weight gradients that the last instruction left until its messages were posted."""
+        if self.weights.now:
+            with self.trace.span("compute", "weights.W"):
+                self.weights.run()
+
     def _compute(self, program: Program, instruction: Instruction, batches: Mapping[int, Microbatch]) -> None:
-        """Run one instruction: its passes, merged if it is a pair, or the oldest group of weight gradients."""
+        """Run one instruction: its passes, merged if it is a pair, or its stage's oldest group of weight gradients."""
         if instruction[0] == "W":
-            self.weights.pop()
+            self.weights.pop(instruction[1])
             return
         todo = passes(instruction)[::-1]  # of a pair the backward goes first: its communication is ready at once
         running = [self._start(program, kind, stage, batches[mb]) for kind, stage, mb in todo]
-        results = merge(*running, watch=self.watch)
+        results = merge(*running, trace=self.trace)
         for (kind, stage, mb), result in zip(todo, results, strict=True):
             for message in makes(program, (kind, stage, mb)):
                 self.messages.made[message] = result
             if kind != "F" or program.kind == "eval":
                 del self.tapes[stage, mb]
             if kind == "I":
-                self.weights.defer()
+                self.weights.defer(stage)
+                self.peak_deferred = max(self.peak_deferred, len(self.weights.groups))
 
     def _start(self, program: Program, kind: str, number: int, batch: Microbatch) -> Pass:
         """The pass of a one-pass instruction, with what it starts from."""

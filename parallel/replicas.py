@@ -3,7 +3,8 @@
 Gradient reduction, ZeRO-1, the gradient norm and checkpoints are all "reduce, shard, count or save over the replica
 set". DualPipe's mirrored copies (stage s lives at positions s and P-1-s), data parallelism and a tied embedding (used
 by the first stage and by MTP on the last) are no special cases. Parameters are gathered into buckets by (replica set,
-kind), ordered by (stage, name): ranks that hold the same two stages in opposite order flatten them alike.
+kind, stages that use them), ordered by name: ranks that hold the same two stages in opposite order flatten them alike,
+and each stage's gradients can be reduced as soon as its last weight gradient has run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,15 +33,15 @@ def buckets(
     mesh.make_groups("dense", (mesh.replicas(place, None) for place in places))
     mesh.make_groups("experts", (mesh.replicas(place, rank) for place in places for rank in range(mesh.expert)))
 
-    found: dict[tuple[tuple[int, ...], str], dict[tuple[int, str], nn.Parameter]] = {}
+    found: dict[tuple[tuple[int, ...], str, tuple[int, ...]], dict[str, nn.Parameter]] = {}
     for number, stage in stages.items():
         for name, parameter in stage.named_parameters():
             users = shared.get(name, {number})
             sharded = isinstance(parameter, ExpertShard)
             ranks = mesh.replicas(homes(placement, users), mesh.expert_rank if sharded else None)
-            found.setdefault((ranks, "experts" if sharded else "dense"), {})[min(users), name] = parameter
-    made = []
-    for (ranks, kind), held in sorted(found.items(), key=lambda item: item[0]):  # replicas reduce in one order
-        parameters = {name: parameter for (_, name), parameter in sorted(held.items(), key=lambda item: item[0])}
-        made.append(Bucket(ranks, kind, mesh.group(ranks, kind), parameters))
-    return made
+            key = ranks, "experts" if sharded else "dense", tuple(sorted(users))
+            found.setdefault(key, {})[name] = parameter
+    return [
+        Bucket(ranks, kind, mesh.group(ranks, kind), dict(sorted(held.items())), frozenset(users))
+        for (ranks, kind, users), held in sorted(found.items(), key=lambda item: item[0])  # replicas have one order
+    ]

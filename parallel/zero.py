@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.nn import Parameter
 
 from parallel.flat_shard import FlatShard
+from parallel.trace import OFF, Trace
 
 # Known beforehand, DeepSpeed need not guess it, nor print that it did.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -37,12 +38,14 @@ class Bucket:
     """Parameters that the same ranks replicate, in an order on which those ranks agree.
 
     A parameter that is a shard of a global tensor (experts) says so in `global_offset` and `global_numel`, in elements.
+    stages: the pipeline stages that use the parameters; several use a tied one.
     """
 
     ranks: tuple[int, ...]
     kind: str  # "dense" | "experts"
     group: dist.ProcessGroup
     parameters: dict[str, Parameter]
+    stages: frozenset[int] = frozenset()
 
 
 class ShardOptimizer(Protocol):
@@ -79,14 +82,18 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
         *,
         clip: float,
         wide: torch.dtype = torch.float32,
+        trace: Trace = OFF,
     ):
         for bucket in buckets:
             if len({parameter.dtype for parameter in bucket.parameters.values()}) != 1:
                 raise ValueError(f"the {bucket.kind} bucket of ranks {bucket.ranks} must hold one dtype")
             if dist.get_process_group_ranks(bucket.group) != list(bucket.ranks):
                 raise ValueError(f"the group of the {bucket.kind} bucket must hold its ranks {bucket.ranks}, in order")
+        self.buckets = buckets
         self.groups = [bucket.group for bucket in buckets]
         self.wide = wide
+        self.trace = trace
+        self.reducing: dict[int, Any] = {}  # bucket -> its reduction in flight
         # Tells deepspeed.comm of the process group that exists.
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
         super().__init__(
@@ -139,12 +146,36 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
                 if parameter._hp_mapping is not None:
                     yield self.param_names[parameter], parameter, parameter._hp_mapping
 
-    @torch.no_grad()
+    def reduce_stage(self, stage: int) -> None:
+        """Start to sum the gradients of the parameters that `stage` alone uses: the last of them has been added.
+
+        All ranks of a group must start its reductions in one order. Tied parameters wait for `reduce_gradients`.
+        """
+        for index, bucket in enumerate(self.buckets):
+            if bucket.stages == {stage}:
+                self._reduce(index)
+
     def reduce_gradients(self) -> None:
-        """Sum each bucket's gradients over its group, each rank into its share. Other parts hold garbage afterwards."""
-        for group, whole, shard in zip(self.groups, self.fp32_groups_gradients_flat, self.gradient_shards, strict=True):
-            if group.size() > 1:
-                dist.reduce_scatter_tensor(shard, whole, group=group)
+        """Sum each bucket's gradients over its group, each rank into its share. Other parts hold garbage afterwards.
+
+        Starts what has not been started yet, in the buckets' order, and waits for all.
+        """
+        for index in range(len(self.buckets)):
+            if index not in self.reducing:
+                self._reduce(index)
+        with self.trace.span("wait", "gradients"):
+            for work in self.reducing.values():
+                work.wait()
+        self.reducing.clear()
+
+    @torch.no_grad()
+    def _reduce(self, index: int) -> None:
+        whole, shard, group = self.fp32_groups_gradients_flat[index], self.gradient_shards[index], self.groups[index]
+        if group.size() > 1:
+            work = dist.reduce_scatter_tensor(shard, whole, group=group, async_op=True)
+            self.reducing[index] = work
+            stages = " and ".join(map(str, sorted(self.buckets[index].stages)))
+            self.trace.post("gradients", f"{self.buckets[index].kind}, stage {stages}", work, whole.nbytes)
 
     @torch.no_grad()
     def grad_norm(self) -> torch.Tensor:

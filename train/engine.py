@@ -4,7 +4,8 @@
 knows nothing of data files, time or metrics; the trainer's loop calls its phases in order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kernels.linear import Numerics, attach_main_grads
 from parallel import schedule
+from parallel.errors import UserError
 from parallel.experts import AllToAll, Dispatcher, LocalExperts
 from parallel.experts.lockstep import agree, exchanges, predict
 from parallel.mesh import Mesh
@@ -21,6 +23,7 @@ from parallel.passes import Microbatch
 from parallel.pipeline import Pipeline
 from parallel.replicas import buckets
 from parallel.schedule import Program
+from parallel.trace import OFF, Trace
 from parallel.zero import ZeRO1
 from train.model.init import initialise
 from train.model.router import Router
@@ -45,7 +48,7 @@ class Totals:
 class Engine:
     """One rank's stages, pipeline and optimizer; parameters initialised by name, equal in every layout."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, trace: Trace = OFF) -> None:
         """The default process group exists and has the layout's size. All ranks construct their Engine together."""
         layout, model = recipe.parallel, recipe.model
         self.recipe, self.device = recipe, device
@@ -60,8 +63,8 @@ class Engine:
         )
         self.mesh.connect()
         self.dispatcher = self._dispatcher()
-        self.program = cache(partial(schedule.build, layout.schedule, layout.pipeline))
-        program = self.program(recipe.microbatches(recipe.train.batch.start))
+        self.program = cache(self._program)
+        program = self.program(recipe.train.batch.start)
         layers = split_layers(model, program.stages, layout.layers_per_stage)
         local = model.n_routed_experts // layout.expert
         held = program.placement[self.mesh.pipeline_rank]
@@ -80,10 +83,19 @@ class Engine:
             weight_decay=optim.weight_decay,
             moments=MOMENTS[optim.moments],
         )
-        self.optimizer = ZeRO1(self.buckets, adamw, clip=optim.clip, wide=self.numerics.main_grad_dtype)
+        wide = self.numerics.main_grad_dtype
+        self.optimizer = ZeRO1(self.buckets, adamw, clip=optim.clip, wide=wide, trace=trace)
         for stage in self.stages.values():
-            attach_main_grads(stage, self.numerics.main_grad_dtype)
-        self.pipeline = Pipeline(self.mesh, self.stages, self.numerics.weight_grads, self.numerics.dtype, device)
+            attach_main_grads(stage, wide)
+        self.pipeline = Pipeline(
+            self.mesh,
+            self.stages,
+            self.numerics.weight_grads,
+            self.numerics.dtype,
+            device,
+            self.optimizer.reduce_stage,
+            trace,
+        )
         self.in_lockstep: set[Program] = set()
 
     def _dispatcher(self) -> Dispatcher:
@@ -100,34 +112,49 @@ class Engine:
         return any(stage.is_first or stage.is_last for stage in self.stages.values())
 
     def sequences(self, batch: int) -> dict[int, range]:
-        """Which sequences (numbered in the global batch of `batch`) each micro-batch of this rank's pipeline has."""
-        size = self.recipe.parallel.microbatch_size
-        microbatches = self.recipe.microbatches(batch)
-        first = self.mesh.data_rank * microbatches
-        return {mb: range((first + mb) * size, (first + mb + 1) * size) for mb in range(microbatches)}
+        """Which sequences (numbered in the global batch of `batch`) each micro-batch of this rank's pipeline has.
 
-    def seeds(self, batch: int, mtp_weight: float) -> dict[str, float]:
+        As even as can be, over pipelines and then over micro-batches; some have none if there are too few.
+        """
+        mine = _share(range(batch), self.mesh.data_rank, self.mesh.data)
+        count = self.program(batch).microbatches
+        return {mb: _share(mine, mb, count) for mb in range(count)}
+
+    def _program(self, batch: int) -> Program:
+        """The program of a global batch of `batch` sequences: the fewest micro-batches that the schedule can serve."""
+        layout = self.recipe.parallel
+        fewest = -(-batch // (layout.data * layout.microbatch_size))
+        build = partial(schedule.build, layout.schedule, layout.pipeline)
+        for count in range(fewest, fewest + layout.pipeline):
+            with suppress(UserError):
+                return build(count)
+        return build(fewest)
+
+    def seeds(self, batch: int, length: int, mtp_weight: float) -> dict[str, float]:
         """Gradient of the objective by each raw loss sum: L_main + lambda/D sum_k L_k + alpha mean_sequences(L_bal)."""
-        train = self.recipe.train
-        tokens = batch * train.sequence_length
+        tokens = batch * length
         depths = max(self.recipe.model.num_nextn_predict_layers, 1)
         return {
             "loss": 1 / tokens,
             "mtp_loss": mtp_weight / (depths * tokens),
-            "balance_loss": train.balance_alpha / batch,
+            "balance_loss": self.recipe.train.balance_alpha / batch,
         }
 
     # -- the phases of a step
-    def forward_backward(self, tokens: Mapping[int, Tensor], batch: int, mtp_weight: float) -> Totals:
-        """Run the step's program; gradients are in `main_grad` afterwards, summed over this rank's micro-batches.
+    def forward_backward(
+        self, tokens: Mapping[int, Tensor], batch: int, mtp_weight: float, length: int | None = None
+    ) -> Totals:
+        """Run the step's program. Each stage's gradients, summed in `main_grad`, are on their way to its other copies.
 
-        tokens: [sequences, T+1] int64 of each micro-batch, where `needs_tokens`. batch: sequences of the global batch.
+        tokens: [sequences, length+1] int64 of each micro-batch, where `needs_tokens`. batch: sequences of the global
+        batch. length: of each, in tokens, in this step; the recipe's unless told.
         """
-        return self._run(tokens, batch, self.seeds(batch, mtp_weight), training=True)
+        length = length or self.recipe.train.sequence_length
+        return self._run(tokens, batch, length, self.seeds(batch, length, mtp_weight), training=True)
 
     def evaluate(self, tokens: Mapping[int, Tensor], batch: int) -> Totals:
-        """Forward only, through the same program; router counts and biases stay as they are."""
-        return self._run(tokens, batch, {}, training=False)
+        """Forward only, through the same program, for any number of sequences; routers stay as they are."""
+        return self._run(tokens, batch, self.recipe.train.sequence_length, {}, training=False)
 
     def update(self, lr: float, bias_speed: float, totals: Totals) -> tuple[bool, float]:
         """Reduce, clip and apply the gradients, and move the router biases; returns (applied, gradient norm).
@@ -148,45 +175,61 @@ class Engine:
         return {number: router for stage in self.stages.values() for number, router in stage.routers().items()}
 
     # -- inside
-    def _run(self, tokens: Mapping[int, Tensor], batch: int, seeds: dict[str, float], training: bool) -> Totals:
-        microbatches = self.recipe.microbatches(batch)
-        program = self.program(microbatches)
+    def _run(
+        self, tokens: Mapping[int, Tensor], batch: int, length: int, seeds: Mapping[str, float], training: bool
+    ) -> Totals:
+        program = self.program(batch)
         if not training:
             program = program.evaluation()
-        sums: dict[str, Tensor] = {}
-        batches = {mb: Microbatch(mb, tokens.get(mb), seeds, sums, training) for mb in range(microbatches)}
+        width = self.recipe.model.hidden_size
+        batches = {
+            mb: Microbatch(mb, tokens.get(mb), (len(ids), length, width), seeds, training=training)
+            for mb, ids in self.sequences(batch).items()
+        }
         self._step(program, batches)
-        return self._totals(sums)
+        return self._totals(batches)
 
     def _step(self, program: Program, batches: Mapping[int, Microbatch]) -> None:
         """Run the program; the first time, make sure that the expert group does so in lockstep."""
-        layout, train = self.recipe.parallel, self.recipe.train
-        shape = (layout.microbatch_size, train.sequence_length, self.recipe.model.hidden_size)
         first_time, experts = program not in self.in_lockstep, self.mesh.group(self.mesh.expert_ranks(), "all-to-all")
         if first_time:  # what they are about to issue: ranks with unlike recipes would wait for each other forever
             visits = {number: exchanges(stage.segments) for number, stage in self.stages.items()}
             agree(experts, predict(program, self.mesh.pipeline_rank, visits))
         self.dispatcher.log.clear()
-        self.pipeline.step(program, batches, shape)
+        self.pipeline.step(program, batches)
         if first_time:
             agree(experts, self.dispatcher.log)
             self.in_lockstep.add(program)
 
-    def _totals(self, sums: Mapping[str, Tensor]) -> Totals:
+    def _totals(self, batches: Mapping[int, Microbatch]) -> Totals:
         """Add up losses and router loads over the world, and clear the loads.
 
-        Each micro-batch is scored, and each token routed by each layer, on exactly one rank: a sum in FP64 counts all.
+        Each loss of a micro-batch is computed, and each token routed by each layer, on one rank of a pipeline. Losses
+        keep their places in a table while they are gathered, and are added in one order: the same in every schedule.
         """
         model = self.recipe.model
-        numbers = [n for n in range(model.num_hidden_layers + model.num_nextn_predict_layers) if model.is_moe(n)]
+        depths = range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
+        routed = [number for number in (*range(model.num_hidden_layers), *depths) if model.is_moe(number)]
+        columns = [("loss", model.num_hidden_layers)]
+        columns += [("mtp_loss", number) for number in depths] + [("balance_loss", number) for number in routed]
+        table = torch.zeros(len(batches), len(columns), dtype=torch.float64, device=self.device)
+        for row, batch in zip(table, batches.values(), strict=True):
+            for key, value in batch.losses.items():
+                row[columns.index(key)] = value
         routers = self.routers()
-        idle = torch.zeros(model.n_routed_experts, dtype=torch.float64)
-        loads = [routers[n].load.double() if n in routers else idle.to(self.device) for n in numbers]
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        flat = torch.cat([torch.stack([sums.get(name, zero) for name in LOSSES]), *loads])
-        dist.all_reduce(flat)
-        for router in routers.values():
+        loads = torch.zeros(len(routed), model.n_routed_experts, dtype=torch.float64, device=self.device)
+        for number, router in routers.items():
+            loads[routed.index(number)] = router.load
             router.load.zero_()
-        losses = dict(zip(LOSSES, flat[: len(LOSSES)].tolist(), strict=True))
-        shares: Sequence[Tensor] = flat[len(LOSSES) :].cpu().split(model.n_routed_experts)
-        return Totals(losses, dict(zip(numbers, shares, strict=True)))
+        flat = torch.cat([table.flatten(), loads.flatten()])
+        dist.all_reduce(flat)
+        sums = flat[: table.numel()].view_as(table).sum(0).tolist()
+        losses = dict.fromkeys(LOSSES, 0.0)
+        for (name, _), value in zip(columns, sums, strict=True):
+            losses[name] += value
+        return Totals(losses, dict(zip(routed, flat[table.numel() :].view_as(loads).cpu(), strict=True)))
+
+
+def _share(whole: range, index: int, count: int) -> range:
+    """Part `index` of `count` parts as equal as can be."""
+    return whole[len(whole) * index // count : len(whole) * (index + 1) // count]

@@ -240,8 +240,6 @@ class Recipe:
         batch, p = self.train.batch, self.parallel
         for name in ("start", "end", "multiple_of"):
             self.microbatches(getattr(batch, name), f"train.batch.{name}")
-        if self.train.eval_rows:
-            self.microbatches(self.train.eval_rows, "train.eval_rows")
         if p.microbatches is None:
             return
         for name in ("start", "end"):

@@ -65,8 +65,7 @@ class AllToAll:
         local = self.experts // self.size
         arriving = torch.empty_like(counts_E)  # [source rank, local expert], flattened
         work = dist.all_to_all_single(arriving, counts_E, group=self.group, async_op=True)
-        yield HostSync("counts")
-        work.wait()
+        yield HostSync("counts", work)
         by_rank = arriving.view(self.size, local)
         totals = [counts_E.view(self.size, local).sum(1), by_rank.sum(1), by_rank.sum(0)]
         read = host_counts(torch.cat(totals))
@@ -84,7 +83,6 @@ class AllToAll:
         arriving = leaving.new_empty(sum(takes), leaving.shape[1])
         work = dist.all_to_all_single(arriving, leaving, takes, gives, group=self.group, async_op=True)
         yield Comm(tag.operation, work, leaving.numel(), self.group)
-        work.wait()
         return _unpack(arriving, tensors)
 
 

@@ -163,6 +163,11 @@ def route(program: Program, msg: Message) -> tuple[int, int]:
     return program.host(stage, mb), program.host(stage + 1 if kind == "F" else stage - 1, mb)
 
 
+def spell(ins: Instruction) -> str:
+    """An instruction or a message in words: `F(0, 3)`."""
+    return f"{ins[0]}({', '.join(map(str, ins[1:]))})"
+
+
 def place(rank: int, position: int, ins: Instruction) -> str:
-    """How messages name an instruction: its rank, its position in the rank's list, and itself."""
-    return f"rank {rank}, position {position}, {ins[0]}({', '.join(map(str, ins[1:]))})"
+    """How refusals name an instruction: its rank, its position in the rank's list, and itself."""
+    return f"rank {rank}, position {position}, {spell(ins)}"

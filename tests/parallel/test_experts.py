@@ -55,6 +55,7 @@ def every_direction(dispatcher, own: Tokens):
         try:
             while True:
                 effects.append(next(passing))
+                effects[-1].work.wait()
         except StopIteration as end:
             return end.value
 

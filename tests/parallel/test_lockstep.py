@@ -40,11 +40,14 @@ def run_and_predict(layout):
     size = recipe.train.batch.start
     rows = {mb: batch_of(0, recipe)[list(ids)] for mb, ids in engine.sequences(size).items()}
     tokens = rows if engine.needs_tokens else {}
-    program = engine.program(recipe.microbatches(size))
+    program = engine.program(size)
     visits = {number: exchanges(stage.segments) for number, stage in engine.stages.items()}
     found = []
     for run in (program, program, program.evaluation()):
-        engine._run(tokens, size, engine.seeds(size, 0.3), training=run.kind == "train")
+        if run.kind == "train":
+            engine.update(1e-3, 1e-3, engine.forward_backward(tokens, size, 0.3))
+        else:
+            engine.evaluate(tokens, size)
         found.append((predict(run, engine.mesh.pipeline_rank, visits), list(engine.dispatcher.log)))
     return found
 

@@ -13,21 +13,24 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from kernels.linear import WeightGrads
 from parallel.passes import Comm, Compute, Local, Microbatch, Sum, add_grad, backward, forward, merge
+from parallel.trace import Trace
 
 B, F = "B", "F"
 
 
-class Journal(list):
+class Journal(list, Trace):
     """Entries ("compute" | "post" | "wait", what, direction)."""
 
     def lane(self, kind):
         return " ".join(f"{what}({direction})" for entry, what, direction in self if entry == kind)
 
-    def watch(self, effect):
+    def span(self, lane, name, **details):
         """Computations as merge sees them; the residual sums are too small for the figure."""
-        if isinstance(effect, Compute) and not effect.name.startswith("residual"):
-            name, dot, _ = effect.name.partition(".")
-            self.append(("compute", name, B if dot else F))
+        if lane == "compute" and not name.startswith("residual"):
+            what, dot, direction = name.partition(".")
+            if direction != "W":  # the weight gradients themselves write that they run
+                self.append(("compute", what, B if dot else F))
+        return super().span(lane, name)
 
 
 class Work:
@@ -60,7 +63,6 @@ class Wire:
     def send(self, direction, value):
         work = Work(self.journal, self.name, direction)
         yield Comm(self.name, work, 0, None)
-        work.wait()
         return value.clone()
 
 
@@ -133,7 +135,7 @@ def pair(journal, forward_layers, backward_layers, split=False):
 def test_a_pair_runs_in_the_order_of_the_figure():
     journal = Journal()
     passes, upper = pair(journal, 2, 2)
-    merge(*passes, watch=journal.watch)
+    merge(*passes, trace=journal)
     upper.weights.run()
     # Report, figure 4, from the start of one block to the end of the next.
     block = "mlp(B) mlp(W) mlp(F) attention(B) attention(W)"
@@ -144,7 +146,7 @@ def test_a_pair_runs_in_the_order_of_the_figure():
 def test_every_computation_of_a_pair_hides_the_communication_that_the_trace_shows():
     journal = Journal()
     passes, _ = pair(journal, 3, 3)
-    merge(*passes, watch=journal.watch)
+    merge(*passes, trace=journal)
     hidden, in_flight = {}, []
     for kind, *what in journal:
         if kind == "compute":
@@ -182,7 +184,7 @@ def test_passes_of_unequal_length_alternate_while_both_last(forward_layers, back
 def test_an_input_gradient_pass_leaves_all_weight_gradients_for_later():
     journal = Journal()
     passes, upper = pair(journal, 2, 2, split=True)
-    merge(*passes, watch=journal.watch)
+    merge(*passes, trace=journal)
     assert "(W)" not in journal.lane("compute")
     upper.weights.defer()
     journal.clear()
@@ -193,7 +195,7 @@ def test_an_input_gradient_pass_leaves_all_weight_gradients_for_later():
 def test_weight_gradients_after_the_last_communication_wait_for_the_executor():
     journal = Journal()
     passes, upper = pair(journal, 1, 1)
-    merge(*passes, watch=journal.watch)
+    merge(*passes, trace=journal)
     assert journal.lane("compute").endswith("attention(B)") and len(upper.weights.now) == 1
 
 
@@ -204,13 +206,14 @@ def test_an_exception_closes_both_passes_and_waits_once_for_all_that_is_in_fligh
     journal = Journal()
     passes, _ = pair(journal, 2, 2)
 
-    def fail(effect):
-        journal.watch(effect)
-        if isinstance(effect, Compute) and effect.name == block + (".B" if culprit == B else ""):
-            raise KeyError("in the middle")
+    class Failing(Trace):
+        def span(self, lane, name, **details):
+            if name == block + (".B" if culprit == B else ""):
+                raise KeyError("in the middle")
+            return journal.span(lane, name)
 
     with pytest.raises(KeyError, match="in the middle"):
-        merge(*passes, watch=fail)
+        merge(*passes, trace=Failing())
     assert [inspect.getgeneratorstate(each) for each in passes] == [inspect.GEN_CLOSED] * 2
     posted, waited = ([entry[1:] for entry in journal if entry[0] == kind] for kind in ("post", "wait"))
     assert sorted(posted) == sorted(waited)
@@ -293,10 +296,13 @@ def test_the_tape_shrinks_as_backward_goes():
     toy, batch = Toy(3, Journal()), Microbatch(0, None)
     _, tape = run_forward(toy, batch)
     lengths = []
-    merge(
-        backward(toy, torch.ones(1), batch, tape, toy.weights, split=True),
-        watch=lambda effect: lengths.append(len(tape)),
-    )
+
+    class Ruler(Trace):
+        def span(self, lane, name, **details):
+            lengths.append(len(tape))
+            return super().span(lane, name)
+
+    merge(backward(toy, torch.ones(1), batch, tape, toy.weights, split=True), trace=Ruler())
     assert lengths == sorted(lengths, reverse=True) and lengths[-1] == 0
 
 
@@ -343,14 +349,6 @@ def test_segments_together_have_the_gradients_of_one_graph():
     leaf = hidden.clone().requires_grad_()
     out, objective, (loss, extra) = plain(leaf)
     expected = torch.autograd.grad([out, objective], [leaf, first, second], [grad, torch.ones_like(objective)])
-    assert torch.equal(result, out) and batch.sums == {"loss": loss, "extra": extra}
+    assert torch.equal(result, out) and batch.losses == {("loss", 0): loss, ("extra", 0): extra}
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-
-
-def test_losses_of_all_microbatches_are_added_in_fp64():
-    toy, sums = Toy(0, Journal()), {}
-    toy.segments = [Local("score", 0, lambda b, h: (h, h.sum()), ("hidden",), ("hidden",), ("loss",))]
-    for index in range(3):
-        run_forward(toy, Microbatch(index, None, {"loss": 1.0}, sums), torch.full((1,), 0.1))
-    assert sums["loss"].dtype == torch.float64 and sums["loss"] == 3 * torch.tensor(0.1).double()

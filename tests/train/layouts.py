@@ -86,6 +86,8 @@ def train_small(layout: dict[str, Any], precision: str, steps: int, gradients: b
     for step in range(steps):
         rows, size = batch_of(step, recipe), recipe.train.batch.start
         tokens = {mb: rows[list(ids)] for mb, ids in engine.sequences(size).items()}
+        if gradients:
+            engine.pipeline.reduce = lambda stage: None  # main_grad is looked at before it is reduced
         totals = engine.forward_backward(tokens if engine.needs_tokens else {}, size, mtp_weight=0.3)
         if gradients:
             grads = globally(engine, summed_gradient)
