@@ -47,7 +47,7 @@ def schedule(recipe: Any, flags: argparse.Namespace) -> int:
     parallel, microbatches = recipe.parallel, recipe.parallel.microbatches
     if microbatches is None:
         microbatches = recipe.microbatches(recipe.train.batch.start)
-    program = build(parallel.schedule, parallel.pipeline, microbatches)
+    program = build(parallel.schedule, parallel.pipeline, microbatches, parallel.chunks)
     if flags.json:
         write(flags.json, program.to_json())
     if flags.svg:

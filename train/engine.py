@@ -5,7 +5,6 @@ knows nothing of data files, time or metrics; the trainer's loop calls its phase
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from kernels.linear import Numerics, attach_main_grads
 from parallel import schedule
-from parallel.errors import UserError
 from parallel.experts import AllToAll, Dispatcher, LocalExperts
 from parallel.experts.lockstep import agree, exchanges, predict
 from parallel.mesh import Mesh
@@ -123,12 +121,9 @@ class Engine:
     def _program(self, batch: int) -> Program:
         """The program of a global batch of `batch` sequences: the fewest micro-batches that the schedule can serve."""
         layout = self.recipe.parallel
-        fewest = -(-batch // (layout.data * layout.microbatch_size))
-        build = partial(schedule.build, layout.schedule, layout.pipeline)
-        for count in range(fewest, fewest + layout.pipeline):
-            with suppress(UserError):
-                return build(count)
-        return build(fewest)
+        multiple = schedule.named(layout.schedule).multiple
+        groups = -(-batch // (layout.data * layout.microbatch_size * multiple))
+        return schedule.build(layout.schedule, layout.pipeline, groups * multiple, layout.chunks)
 
     def seeds(self, batch: int, length: int, mtp_weight: float) -> dict[str, float]:
         """Gradient of the objective by each raw loss sum: L_main + lambda/D sum_k L_k + alpha mean_sequences(L_bal)."""

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from parallel.errors import UserError
-from parallel.schedule import SCHEDULES
+from parallel.schedule import Program, generate, named
 from train.data.config import DataConfig
 from train.model.config import ModelConfig
 from train.optim import OptimConfig
@@ -30,6 +30,7 @@ class ParallelConfig:
     context: int = 1
     expert: int = 1
     schedule: str = "1f1b"
+    chunks: int = 2  # stages a rank, where the schedule leaves them open: interleaved
     microbatch_size: int = 1
     microbatches: int | None = None  # a pipeline's share of a step; null: derived from the batch
     node_size: int | None = None  # ranks of a node; null: the launcher's local world size
@@ -41,28 +42,20 @@ class ParallelConfig:
         """Number of processes that this layout needs."""
         return self.pipeline * self.data * self.context
 
-    @property
-    def even(self) -> int:
-        """What the schedule asks micro-batches to be a multiple of: DualPipe feeds a pipeline from both ends."""
-        return 2 if self.schedule == "dualpipe" else 1
+    def program(self, microbatches: int | None = None) -> Program:
+        """The schedule's program, not verified yet, for so many micro-batches a step; None: for the fewest it serves.
+
+        Raises `UserError` for what the schedule cannot serve.
+        """
+        fewest = named(self.schedule).multiple
+        return generate(self.schedule, self.pipeline, microbatches or fewest, self.chunks)
 
     def check(self) -> None:
-        at_least(
-            1, "parallel", self, "pipeline", "data", "context", "expert", "microbatch_size", "microbatches", "node_size"
-        )
-        one_of("parallel.schedule", self.schedule, SCHEDULES)
+        at_least(1, "parallel", self, "pipeline", "data", "context", "expert", "chunks")
+        at_least(1, "parallel", self, "microbatch_size", "microbatches", "node_size")
         if self.context != 1:
             raise UserError(f"parallel.context={self.context}: expected 1; context parallelism does not exist yet")
-        if self.pipeline % self.even:
-            raise UserError(
-                f"parallel.pipeline={self.pipeline}: expected an even number for "
-                f"parallel.schedule={self.schedule}, whose ranks hold stages in mirrored pairs"
-            )
-        if self.microbatches and self.microbatches % self.even:
-            raise UserError(
-                f"parallel.microbatches={self.microbatches}: expected an even number for "
-                f"parallel.schedule={self.schedule}, which feeds half of them at each end"
-            )
+        self.program(self.microbatches)
         width = self.data * self.context
         if width % self.expert:
             raise UserError(
@@ -209,10 +202,13 @@ class Recipe:
     def microbatches(self, sequences: int, key: str = "train.batch.start") -> int:
         """Micro-batches of one pipeline for a global batch of `sequences`. Raises `UserError` naming `key`."""
         p = self.parallel
-        quantum = p.data * p.microbatch_size * p.even
+        multiple = named(p.schedule).multiple
+        quantum = p.data * p.microbatch_size * multiple
         if sequences < 1 or quantum < 1 or sequences % quantum:
             factors = f"parallel.data={p.data} x parallel.microbatch_size={p.microbatch_size}"
-            factors += f" x 2 (parallel.schedule={p.schedule} takes micro-batches in pairs)" if p.even == 2 else ""
+            if multiple > 1:
+                groups = "pairs" if multiple == 2 else f"groups of {multiple}"
+                factors += f" x {multiple} (parallel.schedule={p.schedule} takes micro-batches in {groups})"
             raise UserError(f"{key}={sequences}: expected a multiple of {factors} = {quantum}")
         return sequences // (p.data * p.microbatch_size)
 
@@ -258,18 +254,20 @@ class Recipe:
                 f"parallel.expert={p.expert}: expected a divisor of model.n_routed_experts={model.n_routed_experts} "
                 f"({model.n_routed_experts} / {p.expert} = {model.n_routed_experts / p.expert:.2f} experts a rank)"
             )
-        if model.num_hidden_layers < p.pipeline:
+        stages = p.program().stages
+        many = f" x {stages // p.pipeline} stages a rank" if stages > p.pipeline else ""
+        if model.num_hidden_layers < stages:
             raise UserError(
-                f"parallel.pipeline={p.pipeline}: expected at most model.num_hidden_layers={model.num_hidden_layers}, "
-                "a layer for each of its stages"
+                f"parallel.pipeline={p.pipeline}{many}: expected at most "
+                f"model.num_hidden_layers={model.num_hidden_layers}, a layer for each of its stages"
             )
         per_stage = p.layers_per_stage
         if per_stage is not None and (
-            len(per_stage) != p.pipeline or min(per_stage) < 1 or sum(per_stage) != model.num_hidden_layers
+            len(per_stage) != stages or min(per_stage) < 1 or sum(per_stage) != model.num_hidden_layers
         ):
             raise UserError(
                 f"parallel.layers_per_stage={per_stage}: {len(per_stage)} stages, {sum(per_stage)} layers; expected "
-                f"parallel.pipeline={p.pipeline} stages of at least 1 layer, "
+                f"parallel.pipeline={p.pipeline}{many or ' stages'} of at least 1 layer, "
                 f"model.num_hidden_layers={model.num_hidden_layers} in all (MTP modules come on top of the last)"
             )
         length = self.train.sequence_length

@@ -1,13 +1,14 @@
 """Steps too short for DualPipe's phases (fewer than 2P micro-batches: the start of a batch ramp), arranged greedily.
 
-The placement is DualPipe's. Tick by tick in unit costs, an idle rank runs whatever is ready: a gradient before a
-forward before a weight gradient, since that is the order in which others wait. Nothing is overlapped, because a pair
-would hold back the first of its two messages, and here ranks wait for them. In each direction stage s keeps at most P-s
-micro-batches in flight, as 1F1B does, and at most P/2 weight gradients are deferred: no more memory than DualPipe's.
+The placement is DualPipe's or DualPipeV's. Tick by tick in unit costs, an idle rank runs whatever is ready: a gradient
+before a forward before a weight gradient, since that is the order in which others wait. Nothing is overlapped, because
+a pair would hold back the first of its two messages, and here ranks wait for them. Of S stages, stage s keeps at most
+S-s micro-batches of a direction in flight, as 1F1B does, and at most S/2 weight gradients are deferred: no more memory
+than DualPipe's.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from parallel.schedule.program import UNIT_COSTS, Instruction, Message, Program, makes
 
@@ -68,21 +69,20 @@ class _Rank:
         return not self.deferred and all(lane.backwards == len(lane.microbatches) for lane in self.lanes)
 
 
-def greedy(ranks: int, microbatches: int) -> Program:
-    """A program for an even number of ranks and any even number of micro-batches, on DualPipe's placement.
+def greedy(placement: tuple[tuple[int, int], ...], directions: tuple[range, range]) -> Program:
+    """placement[rank]: its stage on either way; directions: the micro-batches that travel each, as many on both.
 
-    No bubble is promised; activations stay within DualPipe's P+1 a rank.
+    No bubble is promised; a rank holds at most one more activation than there are stages, as in DualPipe.
     """
-    placement = tuple((rank, ranks - 1 - rank) for rank in range(ranks))
-    directions = range(microbatches // 2), range(microbatches // 2, microbatches)
+    stages = 1 + max(map(max, placement))
     todo = []
-    for stages in placement:
-        lanes = [_Lane(stage, ranks, mbs) for stage, mbs in zip(stages, directions, strict=True)]
+    for held in placement:
+        lanes = [_Lane(stage, stages, mbs) for stage, mbs in zip(held, directions, strict=True)]
         todo.append(_Rank(sorted(lanes, key=lambda lane: lane.stage)))
 
-    program = Program("train", ranks, ranks, microbatches, placement, ())
-    written: list[list[Instruction]] = [[] for _ in range(ranks)]
-    busy_until = [0.0] * ranks
+    program = Program("train", stages, len(placement), directions[1].stop, placement, ())
+    written: list[list[Instruction]] = [[] for _ in placement]
+    busy_until = [0.0] * len(placement)
     arrives: dict[Message, float] = {}
     now = 0
     while not all(rank.finished for rank in todo):
@@ -93,4 +93,4 @@ def greedy(ranks: int, microbatches: int) -> Program:
                 busy_until[rank] = now + UNIT_COSTS[ins[0]]
                 arrives |= dict.fromkeys(makes(program, ins), busy_until[rank])
         now += 1
-    return Program("train", ranks, ranks, microbatches, placement, tuple(map(tuple, written)))
+    return replace(program, program=tuple(map(tuple, written)))

@@ -1,9 +1,9 @@
 """A training step as plain data: for each pipeline rank, the list of instructions that it runs.
 
-Generators (`dualpipe`, `one_f_one_b`, `greedy`) write a `Program`, `verifier` proves it, `lowering` adds the sends and
-receives, the executor runs it and `launch.draw` draws it; none of them derives the order again. An instruction is
-a tuple: `("F", stage, mb)` forward, `("B", stage, mb)` backward, `("I", stage, mb)` its input-gradient half,
-`("W", stage, mb)` its weight-gradient half, `("FB", stage, mb, stage, mb)` a forward overlapped with a backward.
+Generators (`dualpipe`, `one_f_one_b`, `zero_bubble`, ...) write a `Program`, `verifier` proves it, `lowering` adds the
+sends and receives, the executor runs it and `launch.draw` draws it; none of them derives the order again. An
+instruction is a tuple: `("F", stage, mb)` forward, `("B", stage, mb)` backward, `("I", stage, mb)` its input-gradient
+half, `("W", stage, mb)` its weight-gradient half, `("FB", stage, mb, stage, mb)` a forward overlapped with a backward.
 What passes between ranks is a message `(kind, stage, mb)`: `("F", s, m)` is what F(s, m) makes for F(s+1, m),
 `("B", s, m)` what B or I(s, m) makes for the backward of (s-1, m). See docs/explanations/pipeline.md.
 """
@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from parallel.errors import UserError
@@ -50,6 +51,10 @@ class Program:
     def host(self, stage: int, mb: int) -> int:
         """The rank that runs F(stage, mb), and therefore its backward too."""
         return self._hosts[stage, mb]
+
+    def holders(self, stage: int) -> list[int]:
+        """The ranks that hold `stage`, and reduce its gradients together."""
+        return [rank for rank, stages in enumerate(self.placement) if stage in stages]
 
     def evaluation(self) -> "Program":
         """The forwards of this program in the same order: a subsequence of a program that ends, ends."""
@@ -103,6 +108,11 @@ class Program:
                 peak = max(peak, live)
             peaks.append(peak)
         return peaks
+
+    def peak_deferred(self) -> list[int]:
+        """Most groups of weight gradients that wait at once on each rank: made by an I, not yet run by their W."""
+        waiting = (accumulate((ins[0] == "I") - (ins[0] == "W") for ins in row) for row in self.program)
+        return [max(counts, default=0) for counts in waiting]
 
     def to_json(self) -> str:
         """The program as JSON text (version 1), one rank a line."""

@@ -77,6 +77,20 @@ def summed_gradient(parameter: Any, bucket: Any) -> torch.Tensor:
     return total
 
 
+def gather(parts: list[dict], key: str) -> dict[str, torch.Tensor]:
+    """Parameters by name, experts put together; copies on several ranks must agree to the bit."""
+    shards: dict[tuple[str, int], torch.Tensor] = {}
+    for part in parts:
+        for place, tensor in part[key].items():
+            if place in shards:
+                assert torch.equal(shards[place], tensor), f"{key}: copies of {place} differ between ranks"
+            shards[place] = tensor
+    whole: dict[str, list[torch.Tensor]] = {}
+    for (name, _), tensor in sorted(shards.items(), key=lambda item: item[0]):
+        whole.setdefault(name, []).append(tensor)
+    return {name: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for name, pieces in whole.items()}
+
+
 def train_small(layout: dict[str, Any], precision: str, steps: int, gradients: bool, **model: Any) -> dict[str, Any]:
     """Run `steps` steps; returns what this rank knows of losses, norms, loads, biases, parameters and gradients."""
     recipe = small_recipe(layout, precision, **model)

@@ -5,23 +5,9 @@ from functools import cache
 import pytest
 import torch
 
-from tests.train.layouts import LAYOUTS, small_recipe, train_small
+from tests.train.layouts import LAYOUTS, gather, small_recipe, train_small
 
 OTHERS = [name for name in LAYOUTS if name != "one process"]
-
-
-def gather(parts: list[dict], key: str) -> dict[str, torch.Tensor]:
-    """Parameters by name, experts put together; copies on several ranks must agree to the bit."""
-    shards: dict[tuple[str, int], torch.Tensor] = {}
-    for part in parts:
-        for place, tensor in part[key].items():
-            if place in shards:
-                assert torch.equal(shards[place], tensor), f"{key}: copies of {place} differ between ranks"
-            shards[place] = tensor
-    whole: dict[str, list[torch.Tensor]] = {}
-    for (name, _), tensor in sorted(shards.items(), key=lambda item: item[0]):
-        whole.setdefault(name, []).append(tensor)
-    return {name: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for name, pieces in whole.items()}
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +42,14 @@ def test_one_step_in_fp64_equals_one_process(run, name):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_five_steps_in_fp32_follow_one_process(run, name):
+    """To 1e-5, unless rounding tips a token between two experts of nearly equal affinity: 1e-4 more for each."""
     expected, parts = run("one process", "fp32", 5, False), run(name, "fp32", 5, False)
+    tipped = 0.0
     for step, (one, other) in enumerate(zip(expected[0]["history"], parts[0]["history"], strict=True)):
+        tipped += sum(float((other["loads"][n] - load).abs().sum()) / 2 for n, load in one["loads"].items())
         for loss in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
-            assert other[loss] == pytest.approx(one[loss], rel=1e-5), f"step {step}: {loss}"
+            assert other[loss] == pytest.approx(one[loss], rel=1e-5 + 1e-4 * tipped), f"step {step}: {loss}"
+    assert tipped <= 3, "of 25,600 choices"
     biases = {number: bias for part in parts for number, bias in part["biases"].items()}
     for number, bias in expected[0]["biases"].items():
         sure = torch.ones_like(bias, dtype=torch.bool)

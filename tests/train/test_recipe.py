@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.errors import UserError
+from parallel.schedule import SCHEDULES
 from train.compose import CommandLine, compose, keys_of, load, recipe_names, recipe_of, save
 from train.model.config import RopeScaling
 from train.optim import batch_size, learning_rate, piecewise
@@ -131,7 +132,7 @@ def test_yaml_tags_of_python_are_not_run(tmp_path):
     expert=st.integers(1, 6),
     size=st.integers(1, 3),
     batch=st.integers(1, 48),
-    schedule=st.sampled_from(["1f1b", "dualpipe"]),
+    schedule=st.sampled_from(sorted(SCHEDULES)),
 )
 def test_a_layout_is_accepted_exactly_when_its_arithmetic_has_no_rest(pipeline, data, expert, size, batch, schedule):
     recipe = Recipe(train=TrainConfig(steps=1, batch=BatchConfig(batch, batch, 0, batch)))
@@ -147,6 +148,25 @@ def test_a_layout_is_accepted_exactly_when_its_arithmetic_has_no_rest(pipeline, 
     else:
         with pytest.raises(UserError, match="expected"):
             recipe.validate()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stages"),
+    [("gpipe", 4), ("1f1b", 4), ("interleaved", 12), ("zb-h1", 4), ("zbv", 8), ("dualpipe", 4), ("dualpipev", 8)],
+)
+def test_every_stage_of_a_schedule_needs_a_layer(schedule, stages):
+    recipe = Recipe(train=TrainConfig(steps=1))
+    recipe.parallel = ParallelConfig(pipeline=4, schedule=schedule, chunks=3)
+    recipe.model.num_hidden_layers = stages
+    assert recipe.validate().parallel.program(8).stages == stages
+    recipe.parallel.layers_per_stage = [1] * stages
+    recipe.validate()
+    recipe.parallel.layers_per_stage = [1] * (stages - 2) + [2]
+    with pytest.raises(UserError, match=f"{stages - 1} stages"):
+        recipe.validate()
+    recipe.model.num_hidden_layers, recipe.parallel.layers_per_stage = stages - 1, None
+    with pytest.raises(UserError, match=f"num_hidden_layers={stages - 1}, a layer for each of its stages"):
+        recipe.validate()
 
 
 def test_a_recipe_is_composed_without_leaving_hydra_behind(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from parallel.schedule import SCHEDULES
 from tests.train.layouts import LAYOUTS, SMALL, batch_of, small_recipe
 from train.compose import compose
 from train.engine import Engine
@@ -140,13 +141,16 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def step(engine: Engine, number: int, spoil=lambda: None) -> tuple[bool, float, dict[str, float]]:
+def step(engine: Engine, number: int, spoil=None) -> tuple[bool, float, dict[str, float]]:
     """A step on the batch of that number: (applied, gradient norm, losses)."""
     size = engine.recipe.train.batch.start
     rows = batch_of(number, engine.recipe)
     tokens = {mb: rows[list(ids)] for mb, ids in engine.sequences(size).items()}
+    if spoil:
+        engine.pipeline.reduce = lambda stage: None  # so that it is spoilt before it is reduced
     totals = engine.forward_backward(tokens if engine.needs_tokens else {}, size, 0.3)
-    spoil()
+    if spoil:
+        spoil()
     return *engine.update(1e-3, 1e-3, totals), totals.losses
 
 
@@ -187,15 +191,15 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_everywhere(wor
 def fit_spoiled(words: list[str], bad: set[int]) -> tuple[str, int]:
     """A run in which rank 1's gradients are spoiled at some steps; what ends it, and at which step."""
     trainer = Trainer(compose(words), torch.device("cpu"))
-    honest = trainer.engine.forward_backward
+    honest = trainer.engine.pipeline.reduce
 
-    def spoiled(*arguments):
-        totals = honest(*arguments)
+    def spoiled(stage):
         if dist.get_rank() == 1 and trainer.step + 1 in bad:
-            next(iter(trainer.engine.buckets[0].parameters.values())).main_grad.fill_(float("nan"))
-        return totals
+            bucket = next(bucket for bucket in trainer.engine.buckets if bucket.stages == {stage})
+            next(iter(bucket.parameters.values())).main_grad.fill_(float("nan"))
+        honest(stage)
 
-    trainer.engine.forward_backward = spoiled
+    trainer.engine.pipeline.reduce = spoiled
     try:
         trainer.fit()
     except RuntimeError as error:
@@ -214,13 +218,14 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(workers, corpus, tmp_path):
 
 # ---------------------------------------------------------------- evaluation
 def train_and_evaluate(layout: dict, precision: str, evaluates: bool) -> dict:
-    """Two steps, and between them (or not) an evaluation of 16 other rows and one of the batch that comes next."""
+    """Two steps, and between them (or not) evaluations: of the next step's batch, and of 16, 5 and 1 other rows."""
     engine = Engine(small_recipe(layout, precision), torch.device("cpu"))
     step(engine, 0)
     evaluations, untouched = [], True
     if evaluates:
         before = everything(engine)
-        for rows in (torch.cat([batch_of(8, engine.recipe), batch_of(9, engine.recipe)]), batch_of(1, engine.recipe)):
+        other = torch.cat([batch_of(8, engine.recipe), batch_of(9, engine.recipe)])
+        for rows in (batch_of(1, engine.recipe), other, other[:5], other[:1]):
             wanted = engine.sequences(len(rows)) if engine.needs_tokens else {}
             evaluations.append(engine.evaluate({mb: rows[list(ids)] for mb, ids in wanted.items()}, len(rows)))
         untouched = same(before, everything(engine))
@@ -241,14 +246,19 @@ def test_evaluation_leaves_no_trace_in_training(workers, precision):
     for one, other in zip(with_it, without, strict=True):
         assert one["untouched"] and one["next step"] == other["next step"]
         assert same(one["afterwards"], other["afterwards"])
-        assert one["evaluations"][1]["loss"] == pytest.approx(one["next step"][2]["loss"], rel=1e-12), "the same rows"
+        assert one["evaluations"][0]["loss"] == pytest.approx(one["next step"][2]["loss"], rel=1e-12), "the same rows"
 
 
-@pytest.mark.parametrize("name", ["dualpipe 2", "dualpipe 2, data 2, expert 2", "1f1b 4", "data 4, expert 4"])
+EVALUATING = {name: LAYOUTS[name] for name in ("dualpipe 2, data 2, expert 2", "1f1b 4", "data 4, expert 4")}
+EVALUATING |= {f"{name} 2": {"schedule": name, "pipeline": 2} for name in SCHEDULES}
+
+
+@pytest.mark.parametrize("name", EVALUATING)
 def test_evaluation_is_the_same_in_every_layout(workers, name):
+    """Any number of rows: pipelines with fewer rows than others, and micro-batches with none, keep in step."""
     (alone,) = workers(1).run(train_and_evaluate, LAYOUTS["one process"], "fp64", True)
-    size = small_recipe(LAYOUTS[name], "fp64").parallel.world_size
-    for part in workers(size).run(train_and_evaluate, LAYOUTS[name], "fp64", True):
+    size = small_recipe(EVALUATING[name], "fp64").parallel.world_size
+    for part in workers(size).run(train_and_evaluate, EVALUATING[name], "fp64", True):
         assert part["untouched"]
         for one, other in zip(alone["evaluations"], part["evaluations"], strict=True):
             for loss in ("loss", "mtp_loss"):

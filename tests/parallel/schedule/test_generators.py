@@ -1,6 +1,7 @@
 """What the generators write, against the report's figure, its closed forms, and a plain count of the work."""
 
 from collections import Counter
+from functools import cache
 from itertools import accumulate
 
 import pytest
@@ -30,6 +31,7 @@ GOLDEN = {
     ],
 }
 
+F, B, W, FB = (UNIT_COSTS[kind] for kind in ("F", "B", "W", "FB"))
 even_ranks = st.integers(1, 8).map(lambda half: 2 * half)
 
 
@@ -69,8 +71,7 @@ def test_dualpipe_feeds_each_half_of_the_micro_batches_from_its_own_end() -> Non
 def test_dualpipe_idles_and_holds_what_the_report_says(ranks: int, extra: int) -> None:
     program = build("dualpipe", ranks, 2 * ranks + 2 * extra)
     assert_whole_and_in_place(program)
-    bubble = (ranks // 2 - 1) * (UNIT_COSTS["FB"] + UNIT_COSTS["B"] - 3 * UNIT_COSTS["W"])
-    assert program.idle() == [bubble] * ranks
+    assert program.idle() == [(ranks // 2 - 1) * (FB + B - 3 * W)] * ranks
     assert program.peak_tapes() == [ranks + 1] * ranks
 
 
@@ -86,14 +87,49 @@ def test_dualpipe_of_the_released_model_spends_the_step_as_derived() -> None:
 @settings(max_examples=40, deadline=None)
 @given(ranks=even_ranks, data=st.data())
 def test_short_dualpipe_steps_are_whole_and_hold_no_more(ranks: int, data: st.DataObject) -> None:
-    microbatches = 2 * data.draw(st.integers(1, max(1, ranks - 1)))
-    program = build("dualpipe", ranks, microbatches)
+    assert_short_but_sound("dualpipe", ranks, 2 * data.draw(st.integers(1, max(1, ranks - 1))))
+
+
+@settings(max_examples=40, deadline=None)
+@given(ranks=st.integers(1, 16), data=st.data())
+def test_short_dualpipev_steps_are_whole_and_hold_no_more(ranks: int, data: st.DataObject) -> None:
+    assert_short_but_sound("dualpipev", ranks, data.draw(st.integers(1, 2 * ranks - 1)))
+
+
+def assert_short_but_sound(name: str, ranks: int, microbatches: int) -> None:
+    program = build(name, ranks, microbatches)
     assert_whole_and_in_place(program)
-    assert max(program.peak_tapes()) <= ranks + 1
+    assert max(program.peak_tapes()) <= program.stages + 1
     for instructions in program.program:
-        assert max(accumulate((ins[0] == "I") - (ins[0] == "W") for ins in instructions)) <= ranks // 2
-    long_enough = build("dualpipe", ranks, 2 * ranks)
-    assert max(ends[-1] for ends in program.ends()) <= max(ends[-1] for ends in long_enough.ends())
+        assert max(accumulate((ins[0] == "I") - (ins[0] == "W") for ins in instructions)) <= program.stages // 2
+    assert max(ends[-1] for ends in program.ends()) <= shortest_full_step(name, ranks)
+
+
+@cache
+def shortest_full_step(name: str, ranks: int) -> float:
+    return max(ends[-1] for ends in build(name, ranks, 2 * ranks).ends())
+
+
+@settings(max_examples=30, deadline=None)
+@given(ranks=st.integers(1, 8), extra=st.integers(0, 12))
+def test_dualpipev_is_the_upper_half_of_a_dualpipe_of_twice_the_ranks(ranks: int, extra: int) -> None:
+    n = 2 * ranks + extra
+    folded, whole = build("dualpipev", ranks, n), build("dualpipe", 2 * ranks, 2 * n)
+    assert_whole_and_in_place(folded)
+    for mine, upper in zip(folded.program, whole.program, strict=False):
+        # there the second direction numbers its micro-batches from n, and meets its stages in the opposite order
+        assert list(mine) == [(ins[0], *(x % n if i % 2 else x for i, x in enumerate(ins[1:]))) for ins in upper]
+    assert folded.idle() == [(ranks - 1) * (FB + B - 3 * W)] * ranks
+    assert folded.peak_tapes() == [2 * ranks + 1] * ranks
+
+
+@settings(max_examples=40, deadline=None)
+@given(ranks=st.integers(1, 16), microbatches=st.integers(1, 40))
+def test_gpipe_idles_like_1f1b_and_holds_everything(ranks: int, microbatches: int) -> None:
+    program = build("gpipe", ranks, microbatches)
+    assert_whole_and_in_place(program)
+    assert program.idle() == [(ranks - 1) * (F + B)] * ranks
+    assert program.peak_tapes() == [microbatches] * ranks
 
 
 @settings(max_examples=40, deadline=None)
@@ -101,11 +137,74 @@ def test_short_dualpipe_steps_are_whole_and_hold_no_more(ranks: int, data: st.Da
 def test_1f1b_idles_and_holds_what_the_report_says(ranks: int, microbatches: int) -> None:
     program = build("1f1b", ranks, microbatches)
     assert_whole_and_in_place(program)
-    assert program.idle() == [(ranks - 1) * (UNIT_COSTS["F"] + UNIT_COSTS["B"])] * ranks
+    assert program.idle() == [(ranks - 1) * (F + B)] * ranks
     assert program.peak_tapes() == [min(ranks - rank, microbatches) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize(("name", "ranks", "microbatches"), [("dualpipe", 4, 8), ("dualpipe", 4, 6), ("1f1b", 3, 5)])
+@settings(max_examples=40, deadline=None)
+@given(ranks=st.integers(1, 16), microbatches=st.integers(1, 40), chunks=st.integers(1, 5))
+def test_interleaved_idles_for_chunks_where_1f1b_does_for_stages(ranks: int, microbatches: int, chunks: int) -> None:
+    program = build("interleaved", ranks, microbatches, chunks)
+    assert_whole_and_in_place(program)
+    assert program.placement == tuple(tuple(range(rank, ranks * chunks, ranks)) for rank in range(ranks))
+    if microbatches >= ranks:
+        assert program.idle() == [(ranks - 1) * (F + B)] * ranks  # of chunks, which cost 1/chunks of a rank's layers
+    if microbatches % ranks == 0:
+        held = [(chunks - 1) * ranks + 2 * (ranks - 1 - rank) + 1 for rank in range(ranks)]
+        assert program.peak_tapes() == [min(each, chunks * microbatches) for each in held]
+
+
+@settings(max_examples=40, deadline=None)
+@given(ranks=st.integers(1, 16), microbatches=st.integers(1, 40))
+def test_zb_h1_idles_what_the_report_says_in_the_memory_of_1f1b(ranks: int, microbatches: int) -> None:
+    program = build("zb-h1", ranks, microbatches)
+    assert_whole_and_in_place(program)
+    if microbatches >= ranks:
+        assert program.idle() == [(ranks - 1) * (F + B - 2 * W)] * ranks
+    assert program.peak_tapes() == [min(ranks - rank, microbatches) for rank in range(ranks)]
+    assert peak_until_weights(program) == [min(ranks, microbatches)] * ranks
+
+
+@settings(max_examples=40, deadline=None)
+@given(ranks=st.integers(1, 16), microbatches=st.integers(1, 40))
+def test_zbv_idles_only_until_its_first_and_after_its_last_pass(ranks: int, microbatches: int) -> None:
+    program = build("zbv", ranks, microbatches)
+    assert_whole_and_in_place(program)
+    assert max(peak_until_weights(program)) <= 2 * ranks
+    if microbatches >= 2 * ranks - 1:
+        starts = [ends[0] - F for ends in program.ends()]
+        work = 2 * microbatches * (F + B)
+        assert [ends[-1] - start for ends, start in zip(program.ends(), starts, strict=True)] == [work] * ranks
+        assert program.idle() == [ranks - 1] * ranks
+        assert program.peak_tapes() == [2 * ranks] * ranks
+
+
+def peak_until_weights(program: Program) -> list[int]:
+    """Most activations a rank holds, if those of a split backward are held until its weight half."""
+    return [
+        max(accumulate((p[0] == "F") - (p[0] in "BW") for ins in row for p in passes(ins))) for row in program.program
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    name=st.sampled_from(sorted(SCHEDULES)),
+    ranks=st.integers(1, 16),
+    microbatches=st.integers(1, 64),
+    chunks=st.integers(1, 4),
+)
+def test_every_number_of_micro_batches_that_a_schedule_divides_is_served(
+    name: str, ranks: int, microbatches: int, chunks: int
+) -> None:
+    """A batch ramp changes it between steps. `build` runs the verifier."""
+    multiple = SCHEDULES[name].multiple
+    ranks += ranks % 2 if name == "dualpipe" else 0
+    program = build(name, ranks, microbatches * multiple, chunks)
+    assert_whole_and_in_place(program)
+    assert (program.placement, program.stages) == (build(name, ranks, multiple, chunks).placement, program.stages)
+
+
+@pytest.mark.parametrize(("name", "ranks", "microbatches"), [("dualpipe", 4, 8), ("dualpipe", 4, 6), ("zbv", 3, 5)])
 def test_an_evaluation_runs_the_same_forwards_in_the_same_order(name: str, ranks: int, microbatches: int) -> None:
     program = build(name, ranks, microbatches)
     evaluation = program.evaluation()
@@ -118,12 +217,10 @@ def test_an_evaluation_runs_the_same_forwards_in_the_same_order(name: str, ranks
     ("name", "ranks", "microbatches", "words"),
     [
         ("dualpipe", 3, 8, ["parallel.pipeline=3", "even"]),
-        ("dualpipe", 0, 8, ["parallel.pipeline=0", "even"]),
         ("dualpipe", 4, 7, ["parallel.microbatches=7", "even"]),
-        ("dualpipe", 4, 0, ["parallel.microbatches=0", "at least 2"]),
-        ("1f1b", 0, 4, ["parallel.pipeline=0", "at least 1"]),
-        ("1f1b", 4, 0, ["parallel.microbatches=0", "at least 1"]),
-        ("dualpip", 4, 8, ["parallel.schedule=dualpip", "did you mean dualpipe", *SCHEDULES]),
+        *((name, 0, 8, ["parallel.pipeline=0", "at least 1"]) for name in SCHEDULES),
+        *((name, 4, 0, ["parallel.microbatches=0", "at least 1"]) for name in SCHEDULES),
+        ("dualpip", 4, 8, ["parallel.schedule=dualpip", "did you mean 'dualpipe'", *SCHEDULES]),
         ("zigzag", 4, 8, ["parallel.schedule=zigzag", *SCHEDULES]),
     ],
 )
@@ -133,3 +230,8 @@ def test_numbers_that_a_schedule_cannot_serve_are_refused(
     with pytest.raises(UserError) as refusal:
         build(name, ranks, microbatches)
     assert all(word in str(refusal.value) for word in words)
+
+
+def test_a_rank_without_chunks_is_refused() -> None:
+    with pytest.raises(UserError, match=r"parallel\.chunks=0: expected at least 1"):
+        build("interleaved", 4, 8, 0)

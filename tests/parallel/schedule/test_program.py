@@ -26,7 +26,7 @@ def test_the_ends_of_the_model_exchange_nothing_with_others() -> None:
     assert needs(program, ("W", 1, 1)) == [] and makes(program, ("W", 1, 1)) == []
 
 
-@pytest.mark.parametrize(("name", "ranks", "microbatches"), [("dualpipe", 8, 20), ("dualpipe", 4, 4), ("1f1b", 3, 5)])
+@pytest.mark.parametrize(("name", "ranks", "microbatches"), [("dualpipe", 8, 20), ("dualpipe", 4, 4), ("zbv", 3, 5)])
 def test_json_comes_back_as_the_same_program(name: str, ranks: int, microbatches: int) -> None:
     program = build(name, ranks, microbatches)
     again = Program.from_json(program.to_json())
