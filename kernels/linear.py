@@ -4,10 +4,11 @@ Backward computes the input gradient at once and leaves the weight gradient as a
 pipeline runs it in place (`B`), or defers it (`I` ... `W`), or fills a communication with it (`F&B`). A closure adds to
 the weight's FP32 `main_grad`, straight from the GEMM, and holds its operands and nothing else: inputs are detached, or
 they would keep the whole graph before them alive. `Numerics` says in which precision all linears of a rank compute.
+An input that is recomputed is made again for the closure, and held from there on.
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from kernels import fp8 as fp8_kernels
 from kernels import gemm
+from kernels.recompute import Recompute
 
 
 class WeightGrads:
@@ -59,11 +61,12 @@ class Numerics:
 
     precision: "fp8" | "bf16" | "fp32" | "fp64". `dtype` is that of parameters and activations (BF16 under FP8), `wide`
     that of sums, router, softmax and losses, `main_grad_dtype` that of accumulated gradients. Quantised weights are
-    made once and kept until `bump` says that the weights have changed: optimizer step, load, rollback.
+    made once and kept until `bump` says that the weights have changed: optimizer step, load, rollback. `recompute` says
+    what backward makes again (`kernels/recompute.py`).
     Raises ValueError for an unknown precision or backend.
     """
 
-    def __init__(self, precision: str, backend: str = "reference") -> None:
+    def __init__(self, precision: str, backend: str = "reference", recompute: Collection[str] = ()) -> None:
         if precision not in DTYPES:
             raise ValueError(f"precision={precision!r}: expected one of {', '.join(DTYPES)}")
         if backend not in fp8_kernels.BACKENDS:
@@ -74,6 +77,7 @@ class Numerics:
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self.main_grad_dtype = self.wide
         self.weight_grads = WeightGrads()
+        self.recompute = Recompute(recompute)
         self.epoch = 0
         self._quantised: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -97,13 +101,13 @@ class _Linear(torch.autograd.Function):
     """BF16, FP32 or FP64 operands."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, numerics: Numerics, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, numerics: Numerics, dtype: torch.dtype, recompute: str | None, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.numerics, ctx.weights = numerics, weights
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
-        if dtype == x.dtype:
-            return tuple(torch.mm(x, w.t()) for w in weights)
-        return tuple(gemm.wide_mm(x, w.t(), dtype) for w in weights)
+        return numerics.recompute(recompute, _products, x, weights, dtype)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -116,7 +120,13 @@ class _Linear(torch.autograd.Function):
         for w, dy in pairs:
             if w.requires_grad:
                 ctx.numerics.weight_grads.now.append(partial(_accumulate, w, dy, x.detach()))
-        return dx, None, None, *(None for _ in dys)
+        return dx, None, None, None, *(None for _ in dys)
+
+
+def _products(x: Tensor, weights: Iterable[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    if dtype == x.dtype:
+        return tuple(torch.mm(x, w.t()) for w in weights)
+    return tuple(gemm.wide_mm(x, w.t(), dtype) for w in weights)
 
 
 def _accumulate(weight: Any, dy: Tensor, x: Tensor) -> None:
@@ -127,13 +137,16 @@ class _FP8Linear(torch.autograd.Function):
     """Keeps the input as FP8 for backward, and the output gradients as FP8 for the weight gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, numerics: Numerics, power_of_two: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, numerics: Numerics, power_of_two: bool, recompute: str | None, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.numerics, ctx.weights, ctx.dtype = numerics, weights, x.dtype
         ctx.set_materialize_grads(False)
-        codes, scales = fp8_kernels.fp8_quantize(x, fp8_kernels.ROWS, power_of_two)
+        codes, scales = numerics.recompute.after(fp8_kernels.fp8_quantize, x, fp8_kernels.ROWS, power_of_two)
         ctx.save_for_backward(codes, scales)
         ctx.quantised = [numerics.quantised(w) for w in weights]
-        return tuple(fp8_kernels.fp8_linear(codes, scales, *_columns(ctx.quantised), x.dtype, numerics.backend))
+        operands = codes, scales, *_columns(ctx.quantised)
+        return tuple(numerics.recompute(recompute, fp8_kernels.fp8_linear, *operands, x.dtype, numerics.backend))
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -156,7 +169,7 @@ class _FP8Linear(torch.autograd.Function):
                     numerics.backend,
                 )
             )
-        return dx, None, None, *(None for _ in dys)
+        return dx, None, None, None, *(None for _ in dys)
 
 
 def _columns(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
@@ -203,7 +216,7 @@ class _FP8GroupedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.numerics, ctx.weight, ctx.counts = numerics, weight, counts
         ctx.power_of_two_grad = power_of_two_grad
-        codes, scales = fp8_kernels.fp8_quantize(x, fp8_kernels.ROWS, power_of_two)
+        codes, scales = numerics.recompute.after(fp8_kernels.fp8_quantize, x, fp8_kernels.ROWS, power_of_two)
         ctx.save_for_backward(codes, scales)
         ctx.quantised = numerics.quantised(weight)
         return fp8_kernels.fp8_grouped_linear(codes, scales, *ctx.quantised, counts, x.dtype, numerics.backend)
@@ -235,6 +248,7 @@ def linear(
     fp8: bool = True,
     power_of_two: bool = False,
     wide_out: bool = False,
+    recompute: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Multiply one input by several weights: `x` [..., in], weights [out_i, in] -> outputs [..., out_i].
 
@@ -242,13 +256,14 @@ def linear(
     fp8: False keeps the GEMMs in `numerics.dtype` (head, router, MTP projection).
     power_of_two: the scales of `x` are powers of two (the input of the attention's output projection).
     wide_out: outputs in `numerics.wide` instead of the dtype of `x` (router, logits); not with FP8.
+    recompute: the choice under which outputs are made again in backward.
     The weights' gradients go to their `main_grad`; autograd sees None. Source: report sections 3.3.1 and 3.3.2.
     """
     rows = x.flatten(0, -2)
     if fp8 and numerics.precision == "fp8" and not wide_out:
-        ys = _FP8Linear.apply(rows, numerics, power_of_two, *weights)
+        ys = _FP8Linear.apply(rows, numerics, power_of_two, recompute, *weights)
     else:
-        ys = _Linear.apply(rows, numerics, numerics.wide if wide_out else x.dtype, *weights)
+        ys = _Linear.apply(rows, numerics, numerics.wide if wide_out else x.dtype, recompute, *weights)
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 

@@ -2,7 +2,7 @@
 
 `@op(cost=..., fake=...)` turns a function into `torch.ops.weft.<name>`. Tracing on fake tensors then sees one
 quantisation or one GEMM instead of the loop beneath it, FLOP counters count it, and a simulator finds its price in
-`costs`. Operators know no autograd: `linear.py`, `norm.py`, `swiglu.py` and `permute.py` pair forward with backward.
+`costs`. Operators know no autograd: the other modules pair forward with backward.
 """
 
 from collections.abc import Callable

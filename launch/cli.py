@@ -24,7 +24,7 @@ Job = Callable[[Any, argparse.Namespace], int]  # (recipe, the verb's own flags)
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb: what it does, an example, its own flags (each names a file to write), whether it takes a recipe."""
+    """One verb: what it does, an example, its own flags (with the names of their values), whether it takes a recipe."""
 
     does: str
     example: str
@@ -40,7 +40,9 @@ def train(recipe: Any, flags: argparse.Namespace) -> int:
 
 
 def schedule(recipe: Any, flags: argparse.Namespace) -> int:
-    """Only the program's keys count: the model need not have that many stages."""
+    """Only the program's keys count: the model need not have that many stages. A run to compare brings its own."""
+    if flags.compare:
+        return compare(Path(flags.compare), flags)
     from launch import draw
     from parallel.schedule import build
 
@@ -54,6 +56,21 @@ def schedule(recipe: Any, flags: argparse.Namespace) -> int:
         write(flags.svg, draw.svg(program, parallel.schedule))
     if not (flags.json or flags.svg):
         print(draw.text(program, parallel.schedule))
+    return 0
+
+
+def compare(run: Path, flags: argparse.Namespace) -> int:
+    """A recorded step of `run` under its program."""
+    from launch import compare
+    from parallel import timeline
+
+    measured = timeline.read(run)
+    if flags.json:
+        write(flags.json, measured.program.to_json())
+    if flags.svg:
+        write(flags.svg, compare.svg(measured, str(run)))
+    if "-" not in (flags.json, flags.svg):
+        print(compare.text(measured, str(run)))
     return 0
 
 
@@ -83,7 +100,11 @@ VERBS = {
         "draw the pipeline program of a recipe",
         "weft schedule parallel.pipeline=8 parallel.microbatches=20",
         schedule,
-        {"--json": "write the program as JSON", "--svg": "write the program as a picture"},
+        {
+            "--json FILE": "write the program as JSON",
+            "--svg FILE": "write the program as a picture",
+            "--compare RUN": "draw a step that RUN recorded with trace=on under its program",
+        },
     ),
     "data prepare": Verb(
         "turn text into memory-mapped token rows", "weft data prepare data=hf data.path=FILE", prepare
@@ -134,8 +155,8 @@ def run(words: list[str]) -> int:
 def own_flags(verb: Verb, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The verb's flags, and the words that are left for Hydra."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag, does in verb.flags.items():
-        parser.add_argument(flag, metavar="FILE", help=does)
+    for flag, value in map(str.split, verb.flags):
+        parser.add_argument(flag, metavar=value)
     try:
         return parser.parse_known_args(words)
     except argparse.ArgumentError as error:
@@ -170,7 +191,7 @@ def with_recipe(name: str, verb: Verb, flags: argparse.Namespace, words: list[st
 
     help_header = []
     if {"--help", "-h"} & set(hydra_flags):
-        own = "".join(f", {flag} FILE to {does}" for flag, does in verb.flags.items())
+        own = "".join(f", {flag} to {does}" for flag, does in verb.flags.items())
         help_header = [f"hydra.help.header='weft {name}: {verb.does}{own}. For example: {verb.example}'"]
     words_before, full_error_before = sys.argv, os.environ.get("HYDRA_FULL_ERROR", "0")
     sys.argv = [f"weft {name}", *hydra_flags, *help_header, *line.hydra_overrides]
@@ -192,7 +213,9 @@ def split(words: list[str], verb: Verb) -> tuple[list[str], list[str]]:
         if word.startswith("-"):
             flag = word.split("=")[0]
             if flag not in HYDRA_FLAGS:
-                raise UserError(f"{flag}: no such flag{suggestion(flag, [*verb.flags, *HYDRA_FLAGS])}")
+                raise UserError(
+                    f"{flag}: no such flag{suggestion(flag, [*(own.split()[0] for own in verb.flags), *HYDRA_FLAGS])}"
+                )
             flags.append(word)
         elif before.startswith("-") and "=" not in word:
             flags.append(word)
@@ -226,7 +249,7 @@ def usage() -> str:
     """What `weft --help` prints."""
     rows = [f"  {f'weft {name}':<20}{verb.does}\n{'':<22}{verb.example}" for name, verb in VERBS.items()]
     flags = [
-        f"  {f'weft {name} {flag} FILE':<34}{does}" for name, verb in VERBS.items() for flag, does in verb.flags.items()
+        f"  {f'weft {name} {flag}':<34}{does}" for name, verb in VERBS.items() for flag, does in verb.flags.items()
     ]
     return "\n".join(
         [

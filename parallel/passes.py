@@ -34,7 +34,7 @@ from parallel.trace import OFF, Trace
 class Comm:
     """A communication is in flight; the pass is resumed when `work` is done.
 
-    bytes: what was handed to it, rows that stay on this rank included.
+    bytes: what leaves this rank for it.
     """
 
     name: str
@@ -112,10 +112,27 @@ def add_grad(grads: Values, name: str, grad: Tensor | None) -> None:
         grads[name] = grads[name] + grad if name in grads else grad
 
 
-def leaf(value: Any) -> Any:
-    """A value cut from the graph that made it: the input of a segment's own graph. Others are passed on."""
+class _Enter(torch.autograd.Function):
+    """The input of a segment's own graph. Its gradient ends in `grads`; unlike a leaf, the graph does not keep it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor, grads: Values, name: str) -> Tensor:
+        ctx.grads, ctx.name = grads, name
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        ctx.grads[ctx.name] = grad
+        return None, None, None, None
+
+
+_ANCHOR = torch.empty((), requires_grad=True)  # that of which autograd believes all this to be a function
+
+
+def enter(value: Any, grads: Values, name: str) -> Any:
+    """A value cut from the graph that made it; the gradient will be in `grads`. What has none is passed on."""
     if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().requires_grad_()
+        return _Enter.apply(value.detach(), _ANCHOR, grads, name)
     return value
 
 
@@ -135,13 +152,12 @@ class Local:
     losses: tuple[str, ...] = ()
 
     def forward(self, values: Values, batch: Microbatch, stage: int) -> Pass:
-        """Compute; returns the inputs and the gradient edges of the outputs (the outputs themselves are not kept)."""
+        """Compute; returns where gradients of inputs will be, and the gradient edges of outputs: neither is kept."""
         yield Compute(self.name, self.layer)
+        made: Values = {}
         if batch.training:
-            inputs = {name: leaf(values[name]) for name in self.reads}
-            results = self.run(batch, *inputs.values())
+            results = self.run(batch, *(enter(values[name], made, name) for name in self.reads))
         else:
-            inputs = {}
             with torch.no_grad():
                 results = self.run(batch, *(values[name] for name in self.reads))
         edges: dict[str, GradientEdge] = {}
@@ -153,12 +169,12 @@ class Local:
                 batch.losses[name, self.layer] = result.detach().double()
             else:
                 values[name] = result
-        return inputs, edges
+        return made, edges
 
     def backward(self, record: Any, grads: Values, batch: Microbatch, stage: int) -> Pass:
         """Walk this segment's graph: take the gradients of the outputs from `grads`, add those of the inputs to it."""
         yield Compute(self.name + ".B", self.layer)
-        inputs, edges = record
+        made, edges = record
         roots, seeds = [], []
         for name in self.writes:
             grad = grads.pop(name, None)
@@ -171,9 +187,8 @@ class Local:
                 seeds.append(torch.tensor(batch.seeds[name], dtype=torch.float64))
         if roots:
             torch.autograd.backward(roots, _like_roots(roots, seeds))
-        for name, value in inputs.items():
-            if isinstance(value, Tensor):
-                add_grad(grads, name, value.grad)
+        for name in self.reads:
+            add_grad(grads, name, made.get(name))
 
 
 def _like_roots(roots: list[GradientEdge], seeds: list[Tensor]) -> list[Tensor]:
@@ -295,6 +310,5 @@ def _resume(one: Pass, effect: Effect | None, trace: Trace) -> Effect:
         with trace.span("compute", effect.name, layer=effect.layer):
             return next(one)
     if effect is not None:
-        with trace.span("wait", effect.name):
-            effect.work.wait()
+        trace.wait("experts", effect.name, effect.work)
     return next(one)

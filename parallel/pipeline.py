@@ -44,7 +44,7 @@ class Messages:
         self.trace.post("pipeline", f"send {spell(message)}", work, tensor.nbytes)
         self.leaving.append((work, tensor))
         while self.leaving and (len(self.leaving) > SENDS_IN_FLIGHT or self.leaving[0][0].is_completed()):
-            self.leaving.popleft()[0].wait()
+            self.trace.wait("pipeline", "send", self.leaving.popleft()[0])
 
     def receive(self, message: Message, peer: int, shape: tuple[int, ...]) -> None:
         """Post a receive of a tensor of `shape`."""
@@ -58,15 +58,13 @@ class Messages:
         if message in self.made:
             return self.made.pop(message)
         work, tensor = self.arriving.pop(message)
-        with self.trace.span("wait", "receive"):
-            work.wait()
+        self.trace.wait("pipeline", "receive", work)
         return tensor
 
     def finish(self) -> None:
         """Wait for the sends that are left."""
-        with self.trace.span("wait", "send"):
-            while self.leaving:
-                self.leaving.popleft()[0].wait()
+        while self.leaving:
+            self.trace.wait("pipeline", "send", self.leaving.popleft()[0])
 
 
 class Pipeline:

@@ -1,4 +1,4 @@
-"""Where a rank says what it is doing. `Trace` looks away; a recorder that takes times is a subclass.
+"""Where a rank says what it is doing. `Trace` looks away; the recorder that takes times is a subclass.
 
 Spans nest: an instruction of the program holds the segments that its passes compute, and the waits for what has not
 arrived. What is in flight meanwhile is posted. Nothing that listens may change what is computed.
@@ -7,18 +7,35 @@ arrived. What is in flight meanwhile is posted. Nothing that listens may change 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from parallel.schedule.program import Program
+
 _NOTHING = nullcontext()
 
 
 class Trace:
     """The one that looks away; its methods say what a recorder is told."""
 
-    def span(self, lane: str, name: str, **details: Any) -> AbstractContextManager[None]:
+    def begin(self, step: int, program: Program) -> None:
+        """Step number `step` begins, and is going to run `program`."""
+
+    def end(self) -> dict[str, float]:
+        """The step has ended: what was measured in it, by the keys of `metrics.jsonl`. Every rank calls this."""
+        return {}
+
+    def span(self, lane: str, name: str, **details: Any) -> AbstractContextManager[Any]:
         """Around a piece of work. lane: "instruction" | "compute" | "wait"; details: JSON values."""
         return _NOTHING
 
     def post(self, lane: str, name: str, work: Any, size: int) -> None:
-        """A communication of `size` bytes is in flight. lane: "experts" | "pipeline" | "gradients"."""
+        """A communication of `size` bytes is in flight. lane: "experts" | "pipeline" | "gradients".
+
+        Whoever posts it holds its tensors until `wait` has returned.
+        """
+
+    def wait(self, lane: str, name: str, work: Any) -> None:
+        """Stand still until `work` has arrived; it was posted on `lane`, if it was worth posting."""
+        with self.span("wait", name):
+            work.wait()
 
 
 OFF = Trace()

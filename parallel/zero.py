@@ -163,9 +163,8 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
         for index in range(len(self.buckets)):
             if index not in self.reducing:
                 self._reduce(index)
-        with self.trace.span("wait", "gradients"):
-            for work in self.reducing.values():
-                work.wait()
+        for work in self.reducing.values():
+            self.trace.wait("gradients", "gradients", work)
         self.reducing.clear()
 
     @torch.no_grad()

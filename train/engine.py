@@ -50,7 +50,7 @@ class Engine:
         """The default process group exists and has the layout's size. All ranks construct their Engine together."""
         layout, model = recipe.parallel, recipe.model
         self.recipe, self.device = recipe, device
-        self.numerics = Numerics(recipe.precision)
+        self.numerics = Numerics(recipe.precision, recompute=recipe.train.recompute)
         self.mesh = Mesh(
             layout.pipeline,
             layout.data,

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from parallel.errors import UserError
 
 MOMENTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Elements that AdamW moves at a time: on a CPU they stay in a cache while moments are widened and narrowed again."""
 
 
 @dataclass
@@ -141,22 +144,31 @@ class AdamW16(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a `grad`, in the order of operations of torch's own AdamW."""
+        """Move every parameter that has a `grad` by torch's fused AdamW, a chunk at a time."""
         if not self.state:
             self.start()
-        self.applied_steps += 1
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            step_size = group["lr"] / (1 - beta1**self.applied_steps)
-            correction = math.sqrt(1 - beta2**self.applied_steps)
             moving = [parameter for parameter in group["params"] if parameter.grad is not None]
             for part in group.get("decayed", [parameter for parameter in moving if parameter.dim() > 1]):
                 part.mul_(1 - group["lr"] * group["weight_decay"])
             for parameter in moving:
+                step = torch.tensor(float(self.applied_steps), device=parameter.device)
                 stored = self.state[parameter]
-                mean = stored["exp_avg"].to(parameter.dtype).lerp_(parameter.grad, 1 - beta1)
-                square = stored["exp_avg_sq"].to(parameter.dtype).mul_(beta2)
-                square.addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
-                parameter.addcdiv_(mean, (square.sqrt() / correction).add_(group["eps"]), value=-step_size)
-                stored["exp_avg"].copy_(mean)
-                stored["exp_avg_sq"].copy_(square)
+                whole = (parameter, parameter.grad, stored["exp_avg"], stored["exp_avg_sq"])
+                chunks = (tensor.view(-1).split(CHUNK[parameter.device.type]) for tensor in whole)
+                for values, gradient, *moments in zip(*chunks, strict=True):
+                    wide = [moment.to(values.dtype) for moment in moments]
+                    adamw(
+                        *([values], [gradient], [wide[0]], [wide[1]], [], [step.clone()]),  # the clone is counted up
+                        fused=True,
+                        amsgrad=False,
+                        beta1=group["betas"][0],
+                        beta2=group["betas"][1],
+                        lr=group["lr"],
+                        weight_decay=0.0,
+                        eps=group["eps"],
+                        maximize=False,
+                    )
+                    for moment, value in zip(moments, wide, strict=True):
+                        moment.copy_(value)
+        self.applied_steps += 1

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from kernels.recompute import CHOICES
 from parallel.errors import UserError
 from parallel.schedule import Program, generate, named
 from train.data.config import DataConfig
@@ -116,6 +117,7 @@ class TrainConfig:
     mtp_weight: list[Any] = field(default_factory=lambda: [[0, 0.3]])
     bias_speed: list[Any] = field(default_factory=lambda: [[0, 0.001]])
     balance_alpha: float = 1e-4
+    recompute: list[str] = field(default_factory=list)  # what backward makes again: kernels/recompute.py
     eval_every: int = 0  # steps between evaluations on held-out rows, beside the one at the end
     eval_rows: int = 0  # held-out rows of an evaluation; 0: none
     max_skips: int = 10  # steps in a row with a non-finite gradient before the run gives up
@@ -127,6 +129,8 @@ class TrainConfig:
         at_least(1, "train", self, "steps", "tokens", "sequence_length", "max_skips", "threads")
         at_least(0, "train", self, "seed", "balance_alpha", "eval_every", "eval_rows")
         self.batch.check()
+        for choice in self.recompute:
+            one_of("train.recompute", choice, CHOICES)
         check_schedule("train.mtp_weight", self.mtp_weight)
         check_schedule("train.bias_speed", self.bias_speed)
 
@@ -174,14 +178,19 @@ class WandbConfig:
 
 @dataclass
 class LogConfig:
-    """Steps between lines on the console, and between records of every router's biases (0: none)."""
+    """Steps between lines on the console, and between records of every router's biases (0: none).
+
+    Of a start with `trace`, the first `trace_skip` steps are not written to files, and then `trace_steps` are.
+    """
 
     every: int = 1
     bias_every: int = 0
+    trace_skip: int = 1
+    trace_steps: int = 3
 
     def check(self) -> None:
-        at_least(1, "log", self, "every")
-        at_least(0, "log", self, "bias_every")
+        at_least(1, "log", self, "every", "trace_steps")
+        at_least(0, "log", self, "bias_every", "trace_skip")
 
 
 @dataclass
@@ -198,6 +207,7 @@ class Recipe:
     run: RunConfig = field(default_factory=RunConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    trace: bool = False  # measure every step, and write timelines of some
 
     def microbatches(self, sequences: int, key: str = "train.batch.start") -> int:
         """Micro-batches of one pipeline for a global batch of `sequences`. Raises `UserError` naming `key`."""

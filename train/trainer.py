@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.errors import UserError
+from parallel.recorder import Recorder
+from parallel.trace import OFF
 from train import checkpoint, data
 from train.data.sampler import row_ids
 from train.engine import Engine, Totals
@@ -35,7 +37,8 @@ class Trainer:
         self.recipe, self.device = recipe, device
         self.directory = Path(recipe.run.dir) / str(recipe.run.name)
         self.data = open_data(recipe)
-        self.engine = Engine(recipe, device)
+        self.trace = self.recorder() if recipe.trace else OFF
+        self.engine = Engine(recipe, device, self.trace)
         self.checkpoints = self.directory / "checkpoints"
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0
         resumed = self.resume()
@@ -48,6 +51,7 @@ class Trainer:
             batch = batch_size(self.recipe.train.batch, self.tokens)
             rows = self.load_batch(batch)
             loaded = time.perf_counter()
+            self.trace.begin(self.step + 1, self.engine.program(batch))
             totals = self.engine.forward_backward(rows, batch, self.now("mtp_weight"))
             ended = self.tokens + batch * self.recipe.train.sequence_length
             lr = learning_rate(self.recipe.optim.lr, ended)
@@ -131,19 +135,26 @@ class Trainer:
 
     def report(self, totals: Totals, batch: int, lr: float, norm: float, began: float, loaded: float) -> None:
         """One record of the step that has just ended."""
+        seconds = time.perf_counter() - began
+        measured = self.trace.end()
         biases = self.biases() if self.due(self.recipe.log.bias_every) else None
         if not self.metrics:
             return
-        seconds = time.perf_counter() - began
         batch_tokens = batch * self.recipe.train.sequence_length
         record: dict[str, Any] = {"step": self.step, "tokens": self.tokens, **self.means(totals, batch)}
         record |= {"grad_norm": norm, "lr": lr, "batch_tokens": batch_tokens, "step_seconds": seconds}
         record |= {"tokens_per_second": batch_tokens / seconds, "memory_gb": peak_memory(self.device)}
-        record |= {"dropped_steps": self.skipped, "data_seconds": loaded - began}
+        record |= {"dropped_steps": self.skipped, "data_seconds": loaded - began, **measured}
         violations = {number: max_violation(load) for number, load in totals.loads.items()}
         if violations:
             record["max_violation"] = max(violations.values())
         self.metrics.step(record, violations, biases)
+
+    def recorder(self) -> Recorder:
+        """The trace of a run with `trace=on`."""
+        layout, log = self.recipe.parallel, self.recipe.log
+        directory = self.directory / "traces"
+        return Recorder(self.device, layout.data * layout.context, directory, log.trace_skip, log.trace_steps)
 
     def biases(self) -> dict[int, list[float]]:
         """The biases of all routers by layer, wherever they live; called by every rank."""

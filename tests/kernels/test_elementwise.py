@@ -1,10 +1,12 @@
-"""RMSNorm, SwiGLU and permutation: exact gradients in FP64, PyTorch's own operators as judges, FP32 maths inside."""
+"""RMSNorm, SwiGLU, cross-entropy and permutation: exact gradients in FP64, PyTorch as judge, FP32 maths inside."""
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy as torch_cross_entropy
 from torch.nn.functional import rms_norm as torch_rms_norm
 from torch.nn.functional import silu
 
+from kernels.cross_entropy import cross_entropy
 from kernels.norm import rms_norm
 from kernels.permute import combine_rows, gather_rows
 from kernels.swiglu import swiglu
@@ -27,6 +29,21 @@ def test_swiglu_has_exact_gradients_and_equals_torch(weighted):
     assert torch.autograd.gradcheck(swiglu, (gate, up, weights) if weighted else (gate, up))
     plain = silu(gate) * up
     torch.testing.assert_close(swiglu(gate, up, weights), plain if weights is None else plain * weights[:, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_cross_entropy_equals_torchs_without_memory_for_the_gradient(dtype):
+    logits, targets = 5 * random(9, 33, dtype=dtype), torch.arange(9) * 3
+    found, expected = (logits.clone().requires_grad_() for _ in range(2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = cross_entropy(found, targets)
+    judge = torch_cross_entropy(expected, targets, reduction="sum")
+    torch.testing.assert_close(loss, judge)
+    (gradient,) = torch.autograd.grad(0.3 * loss, found)
+    (0.3 * judge).backward()
+    torch.testing.assert_close(gradient, expected.grad)
+    assert gradient.data_ptr() == kept[0].data_ptr()
 
 
 def permutation(T: int, K: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,6 +27,8 @@ def calls() -> dict[str, tuple]:
     bfloat16, reference = torch.bfloat16, "reference"
     scale = torch.rand(M, 1)
     slot = torch.randperm(M).view(M // 4, 4)
+    heads = bf16(2, 3, M, 6), bf16(2, 3, M, 6), bf16(2, 3, M, 4)
+    projected, angles = (bf16(2, M, 3, 6), bf16(2, M, 3, 8), bf16(2, M, 2)), (torch.rand(M, 1), torch.rand(M, 1))
     return {
         "wide_mm": (x, w.t(), torch.float32),
         "accumulate_mm": (torch.zeros(N, K), dy.t(), x),
@@ -46,6 +48,12 @@ def calls() -> dict[str, tuple]:
         "swiglu_backward": (dy, dy, dy, None),
         "gather_forward": (x, torch.arange(M)),
         "combine_forward": (x, slot),
+        "mla_heads_forward": (*projected, *angles),
+        "mla_heads_backward": (*heads, *angles),
+        "cross_entropy_forward": (dy.float(), torch.arange(M)),
+        "cross_entropy_backward": (dy.float(), torch.arange(M), torch.tensor(0.5)),
+        "causal_attention_forward": (*heads, 0.5),
+        "causal_attention_backward": (bf16(2, M, 3, 4), *heads, 0.5),
     }
 
 
@@ -79,6 +87,9 @@ def test_flop_counter_and_cost_agree_and_gemms_count_two_per_product(name):
     assert cost.bytes > 0
     if "mm" in name or "fp8_linear" in name or "fp8_grouped" in name:
         assert cost.flops == 2 * M * N * K
+    if "attention" in name:
+        products = {"causal_attention_forward": 6 + 4, "causal_attention_backward": 3 * 6 + 2 * 4}
+        assert cost.flops == 2 * (2 * 3) * (M * (M + 1) // 2) * products[name]
 
 
 def test_bytes_of_an_fp8_gemm_are_operands_scales_and_output():

@@ -280,15 +280,17 @@ def test_forward_lets_dead_values_go(training):
     assert result.tolist() == [14.0**3]
 
 
-def test_the_tape_keeps_inputs_but_no_outputs():
-    toy = Toy(2, Journal())
+@pytest.mark.parametrize(("run", "needed"), [(lambda batch, x: (2 * x,), False), (lambda batch, x: (x * x,), True)])
+def test_the_tape_keeps_inputs_that_backward_needs_and_no_outputs(run, needed):
+    toy = Toy(1, Journal())
+    toy.segments = [Local("dense", 0, run, ("hidden",), ("hidden",))]
     incoming, batch = torch.ones(1), Microbatch(0, None)
     result, tape = run_forward(toy, batch, incoming)
     kept, gone = storage(incoming), storage(result)
     del incoming, result
-    assert not kept.expired(), "the input of the first segment"
+    assert kept.expired() != needed
     assert gone.expired(), "what was handed to the next stage"
-    merge(backward(toy, torch.ones(1), batch, tape, toy.weights, split=True))
+    assert merge(backward(toy, torch.ones(1), batch, tape, toy.weights, split=True))[0].tolist() == [2.0]
     assert tape == [] and kept.expired()
 
 

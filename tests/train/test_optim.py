@@ -1,4 +1,4 @@
-"""Schedules give the report's numbers at the report's tokens; AdamW equals torch's."""
+"""Schedules give the report's numbers at the report's tokens; AdamW equals torch's fused one."""
 
 import math
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.errors import UserError
-from train.optim import AdamW16, LRConfig, OptimConfig, batch_size, learning_rate, piecewise
+from train.optim import CHUNK, AdamW16, LRConfig, OptimConfig, batch_size, learning_rate, piecewise
 
 T, B = 1e12, 1e9
 # Report section 4.2; a step of the ramp's start is 3072 sequences of 4096 tokens.
@@ -88,9 +88,12 @@ def test_mtp_weight_and_bias_speed_change_when_the_report_says(schedule, tokens,
     assert piecewise(schedule, tokens) == expected
 
 
+SHAPES = [(37, 19), (41,), (2, 3, 5), (300, CHUNK["cpu"] // 256)]  # the last one in two chunks
+
+
 def shapes_and_gradients(steps, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    parameters = [torch.randn(shape, generator=generator, dtype=dtype) for shape in [(37, 19), (41,), (2, 3, 5)]]
+    parameters = [torch.randn(shape, generator=generator, dtype=dtype) for shape in SHAPES]
     gradients = [[torch.randn(p.shape, generator=generator, dtype=dtype) for p in parameters] for _ in range(steps)]
     return parameters, gradients
 
@@ -100,7 +103,7 @@ def torchs(parameters, lr):
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

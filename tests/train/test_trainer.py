@@ -103,10 +103,17 @@ def test_a_run_resumed_after_sigkill_is_bitwise_the_uninterrupted_one(workers, c
     before = course(tmp_path / "killed")
     assert 4 <= len(before) < 8, "killed in the middle, after a checkpoint"
 
-    finish(WEFT, [*words, "checkpoint.resume=auto"])
+    finish(WEFT, [*words, "checkpoint.resume=auto", "trace=on"])  # which changes nothing of what is computed
     assert before == course(tmp_path / "whole")[: len(before)], "the same as in the pool, until it was killed"
     assert course(tmp_path / "killed") == course(tmp_path / "whole"), "and the same to the end"
     assert records(tmp_path / "killed", "evaluations.jsonl") == records(tmp_path / "whole", "evaluations.jsonl")
+    assert {path.name for path in (tmp_path / "killed/traces").iterdir()} == {
+        f"rank-0000{rank}.json" for rank in range(4)
+    }
+    assert all(
+        0 <= records(tmp_path / "killed")[-1][key] <= 1 for key in ("bubble", "exposed_comm", "exposed_comm_pairs")
+    )
+    assert not {"bubble", "exposed_comm"} & set(records(tmp_path / "whole")[-1]), "absent where nobody measured"
 
 
 def test_torchrun_does_the_same_as_weft_train(corpus, tmp_path):

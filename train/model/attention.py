@@ -7,12 +7,13 @@ that are normed (the norms are in section 4.2 and in the released weights, not i
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from kernels.attention import causal_attention
 from kernels.linear import Numerics
+from kernels.rope import mla_heads
 from train.model.config import ModelConfig
 from train.model.parts import Linear, Norm, together
-from train.model.rope import rotate, rotation, softmax_scale
+from train.model.rope import rotation, softmax_scale
 
 
 class Attention(nn.Module):
@@ -27,10 +28,11 @@ class Attention(nn.Module):
         else:
             self.q_a_proj = Linear(width, config.q_lora_rank, numerics)
             self.q_a_layernorm = Norm(config.q_lora_rank, eps, numerics)
-            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, numerics)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, numerics, recompute="mla_up")
         self.kv_a_proj_with_mqa = Linear(width, config.kv_lora_rank + config.qk_rope_head_dim, numerics)
         self.kv_a_layernorm = Norm(config.kv_lora_rank, eps, numerics)
-        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), numerics)
+        up = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_b_proj = Linear(config.kv_lora_rank, up, numerics, recompute="mla_up")
         self.o_proj = Linear(heads * config.v_head_dim, width, numerics, power_of_two=True)
         self._rotation: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -48,23 +50,14 @@ class Attention(nn.Module):
         else:
             q_latent, latent = together(x_BTD, self.q_a_proj, self.kv_a_proj_with_mqa)
             q = self.q_b_proj(self.q_a_layernorm(q_latent))
-        kv_latent, k_rope = latent.split([config.kv_lora_rank, rope], -1)
-        kv = self.kv_b_proj(self.kv_a_layernorm(kv_latent.contiguous()))
+        kv_latent, k_rope = (part.contiguous() for part in latent.split([config.kv_lora_rank, rope], -1))
+        kv = self.kv_b_proj(self.kv_a_layernorm(kv_latent))
 
         cos, sin = self._angles(x_BTD.shape[1], x_BTD.device)
-        q_nope, q_rope = q.unflatten(-1, (heads, nope + rope)).split([nope, rope], -1)
-        k_nope, v_BTHv = kv.unflatten(-1, (heads, nope + value)).split([nope, value], -1)
-        k_rope = rotate(k_rope.unsqueeze(-2), cos, sin).expand(-1, -1, heads, -1)
-        q_BTHd = torch.cat([q_nope, rotate(q_rope, cos, sin)], -1)
-        k_BTHd = torch.cat([k_nope, k_rope], -1)
-        out_BHTv = F.scaled_dot_product_attention(
-            q_BTHd.transpose(1, 2),
-            k_BTHd.transpose(1, 2),
-            v_BTHv.transpose(1, 2),
-            is_causal=True,
-            scale=softmax_scale(config, x_BTD.shape[1]),
-        )
-        return self.o_proj(out_BHTv.transpose(1, 2).flatten(-2))
+        parts = q.unflatten(-1, (heads, nope + rope)), kv.unflatten(-1, (heads, nope + value)), k_rope
+        q_BHTd, k_BHTd, v_BHTv = self.numerics.recompute("mla_up", mla_heads, *parts, cos, sin)
+        out_BTHv = causal_attention(q_BHTd, k_BHTd, v_BHTv, softmax_scale(config, x_BTD.shape[1]))
+        return self.o_proj(out_BTHv.flatten(-2))
 
     def _angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines for `length` positions, computed once."""

@@ -5,8 +5,8 @@ The head of MTP module k is the same with other targets: from position i, token 
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from kernels.cross_entropy import cross_entropy
 from kernels.linear import Numerics, embedding
 from parallel.passes import Local, Microbatch, Segment
 from train.model.config import ModelConfig
@@ -42,7 +42,8 @@ def scoring(layer: int, norm: Norm, head: Linear, depth: int) -> Segment:
         assert batch.tokens is not None
         final = norm(hidden)
         logits = head(final)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.tokens[:, depth + 1 :].flatten(), reduction="sum")
+        loss = cross_entropy(logits.flatten(0, 1), batch.tokens[:, depth + 1 :].flatten())
         return final, loss
 
-    return Local("head", layer, run, ("hidden",), ("final",), ("mtp_loss" if depth else "loss",))
+    losses = ("mtp_loss" if depth else "loss",)
+    return Local("head", layer, norm.recompute.segment(run), ("hidden",), ("final",), losses)

@@ -29,7 +29,7 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, number: int, numerics: Numerics, first: int, local: int) -> None:
         """first, local: the consecutive experts that this rank holds."""
         super().__init__()
-        self.config, self.number = config, number
+        self.config, self.number, self.numerics = config, number, numerics
         self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps, numerics)
         self.self_attn = Attention(config, numerics)
         self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps, numerics)
@@ -41,8 +41,9 @@ class Layer(nn.Module):
 
     def segments(self, dispatcher: Dispatcher) -> list[Segment]:
         """What forward and backward walk through."""
+        layer = self.numerics.recompute.layer
         if isinstance(self.mlp, SwiGLU):
-            return [Local("dense", self.number, self._dense, ("hidden",), ("hidden",))]
+            return [Local("dense", self.number, layer(self._dense), ("hidden",), ("hidden",))]
         made = ("hidden", "normed", "weights", "experts")
         results = ("out_rows", "shared") if self.mlp.shared_experts else ("out_rows",)
         summed = ("hidden", "shared", "routed") if self.mlp.shared_experts else ("hidden", "routed")
@@ -50,7 +51,7 @@ class Layer(nn.Module):
         return [
             Local("attention", self.number, self._attention, ("hidden",), made, ("balance_loss",)),
             Dispatch(dispatcher, self.number),
-            Local("experts", self.number, self._experts, rows, results),
+            Local("experts", self.number, layer(self._experts), rows, results),
             Combine(dispatcher, self.number),
             Sum("residual", self.number, summed, ("hidden",)),
         ]
@@ -66,12 +67,20 @@ class Layer(nn.Module):
 
     def _attention(self, batch: Microbatch, hidden: Tensor) -> tuple[Any, ...]:
         assert isinstance(self.mlp, MoE)
-        hidden, normed = self._attend(hidden)
-        weights_TK, scores_TE, experts_TK = self.mlp.gate(normed.flatten(0, 1))
+        router = self.mlp.gate
+        chosen: list[Tensor] = []
+
+        def run(hidden: Tensor) -> tuple[Any, ...]:
+            hidden, normed = self._attend(hidden)
+            weights_TK, scores_TE, experts_TK = router(normed.flatten(0, 1), *chosen)
+            chosen[:] = [experts_TK]  # if all this is run again, nothing is routed again
+            balance = balance_loss(scores_TE.unflatten(0, normed.shape[:2]), self.config.num_experts_per_tok)
+            return hidden, normed, weights_TK, experts_TK, balance
+
+        results = self.numerics.recompute.layer(run)(hidden)
         if batch.training:
-            self.mlp.gate.count(experts_TK)
-        balance = balance_loss(scores_TE.unflatten(0, normed.shape[:2]), self.config.num_experts_per_tok)
-        return hidden, normed, weights_TK, experts_TK, balance
+            router.count(*chosen)
+        return results
 
     def _experts(self, batch: Microbatch, rows: Tensor, row_weights: Tensor, layout: Layout, normed: Tensor) -> Any:
         assert isinstance(self.mlp, MoE)

@@ -34,7 +34,7 @@ class Experts(nn.Module):
         """Each row through its expert, times its routing weight: [R, D]."""
         gate_up = grouped_linear(rows_RD, self.gate_up_proj, counts, self.numerics, power_of_two=True)
         gate, up = gate_up.chunk(2, -1)
-        inner = swiglu(gate, up, weights_R)
+        inner = self.numerics.recompute("swiglu", swiglu, gate, up, weights_R)
         return grouped_linear(inner, self.down_proj, counts, self.numerics, power_of_two_grad=True)
 
 

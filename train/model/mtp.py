@@ -17,6 +17,10 @@ from train.model.layer import Layer
 from train.model.parts import Linear, Norm
 
 
+def _side_by_side(*parts: Tensor) -> Tensor:
+    return torch.cat(parts, -1)
+
+
 class SharedHead(torch.nn.Module):
     """The norm that a module puts before the shared output head."""
 
@@ -45,7 +49,8 @@ class MTPModule(Layer):
             assert batch.tokens is not None
             ahead = self.enorm(embed(batch.tokens[:, self.depth : -1]))
             state = self.hnorm(final[:, :-1].contiguous())
-            return (self.eh_proj(torch.cat([ahead, state], -1)),)  # embedding first, as in the released weights
+            joined = self.numerics.recompute.after(_side_by_side, ahead, state)
+            return (self.eh_proj(joined),)  # embedding first, as in the released weights
 
-        first = Local("join", self.number, join, ("final",), ("hidden",))
+        first = Local("join", self.number, self.numerics.recompute.segment(join), ("final",), ("hidden",))
         return [first, *self.segments(dispatcher), scoring(self.number, self.shared_head.norm, head, self.depth)]

@@ -23,15 +23,18 @@ class Linear(nn.Module):
         fp8: bool = True,
         power_of_two: bool = False,
         wide_out: bool = False,
+        recompute: str | None = None,
     ) -> None:
+        """recompute: the choice under which its output is made again in backward."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=numerics.dtype))
         self.numerics, self.fp8, self.power_of_two, self.wide_out = numerics, fp8, power_of_two, wide_out
+        self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] to [..., outputs]."""
         options = {"fp8": self.fp8, "power_of_two": self.power_of_two, "wide_out": self.wide_out}
-        return linear(x, (self.weight,), self.numerics, **options)[0]
+        return linear(x, (self.weight,), self.numerics, **options, recompute=self.recompute)[0]
 
 
 def together(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
@@ -46,11 +49,11 @@ class Norm(nn.Module):
     def __init__(self, width: int, eps: float, numerics: Numerics) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, dtype=numerics.dtype))
-        self.eps = eps
+        self.eps, self.recompute = eps, numerics.recompute
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] to the same shape."""
-        return rms_norm(x, self.weight, self.eps)
+        return self.recompute("norms", rms_norm, x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -58,10 +61,12 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, inner: int, numerics: Numerics) -> None:
         super().__init__()
+        self.recompute = numerics.recompute
         self.gate_proj = Linear(width, inner, numerics)
         self.up_proj = Linear(width, inner, numerics)
         self.down_proj = Linear(inner, width, numerics)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] to the same shape."""
-        return self.down_proj(swiglu(*together(x, self.gate_proj, self.up_proj)))
+        gate, up = together(x, self.gate_proj, self.up_proj)
+        return self.down_proj(self.recompute("swiglu", swiglu, gate, up))

@@ -1,7 +1,7 @@
-"""Rotary position embedding on interleaved pairs, with YaRN beyond the original length.
+"""The angles of rotary position embedding, with YaRN beyond the original length; `kernels/rope.py` turns by them.
 
-Sources: report section 4.3; the released inference code rotates the pairs (x0, x1), (x2, x3), ... in FP32. YaRN is off
-while sequences are no longer than the original length: pre-training at 4K must not see it.
+Source: report section 4.3. YaRN is off while sequences are no longer than the original length: pre-training at 4K must
+not see it.
 """
 
 import math
@@ -45,14 +45,3 @@ def rotation(config: ModelConfig, length: int, dtype: torch.dtype, device: torch
     """Cosines and sines [length, qk_rope_head_dim/2] for positions 0 .. length-1."""
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies(config, length))
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the interleaved pairs of x [..., T, heads, width] by the angles [T, width/2], in the dtype of `cos`.
-
-    First members of the pairs come first in the result, second members after them: queries and keys are permuted
-    alike, which their products do not see.
-    """
-    first, second = x[..., 0::2].to(cos.dtype), x[..., 1::2].to(cos.dtype)
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

@@ -31,12 +31,16 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(experts))
         self.register_buffer("load", torch.zeros(experts, dtype=torch.int64), persistent=False)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights [T, K] and affinities [T, E], both in the wide dtype, and chosen experts [T, K]."""
+    def forward(self, x_TD: Tensor, experts_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights [T, K] and affinities [T, E], both in the wide dtype, and chosen experts [T, K].
+
+        experts_TK: what was chosen before, if these tokens have been routed already.
+        """
         config = self.config
         (logits_TE,) = linear(x_TD, (self.weight,), self.numerics, fp8=False, wide_out=True)
         scores_TE = logits_TE.sigmoid()
-        experts_TK = self.choose(scores_TE.detach())
+        if experts_TK is None:
+            experts_TK = self.choose(scores_TE.detach())
         weights_TK = scores_TE.gather(1, experts_TK)
         if config.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
