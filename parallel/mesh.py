@@ -7,6 +7,7 @@ Neighbours: `replicas` builds the groups that hold a copy of a parameter from it
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch.distributed as dist
 
@@ -102,4 +103,12 @@ class Mesh:
 
     def travel(self, source: int, target: int) -> dist.ProcessGroup:
         """The group that carries messages from pipeline position `source` to `target`."""
-        return self.group(self.line(self.rank % self.width), "travel right" if target > source else "travel left")
+        return self._right if target > source else self._left
+
+    @cached_property
+    def _right(self) -> dist.ProcessGroup:
+        return self.group(self.line(self.rank % self.width), "travel right")
+
+    @cached_property
+    def _left(self) -> dist.ProcessGroup:
+        return self.group(self.line(self.rank % self.width), "travel left")

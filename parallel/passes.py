@@ -175,7 +175,8 @@ class Local:
         """Walk this segment's graph: take the gradients of the outputs from `grads`, add those of the inputs to it."""
         yield Compute(self.name + ".B", self.layer)
         made, edges = record
-        roots, seeds = [], []
+        roots: list[GradientEdge] = []
+        seeds: list[Tensor | float] = []
         for name in self.writes:
             grad = grads.pop(name, None)
             if grad is not None and name in edges:
@@ -184,17 +185,19 @@ class Local:
         for name in self.losses:
             if name in edges:
                 roots.append(edges[name])
-                seeds.append(torch.tensor(batch.seeds[name], dtype=torch.float64))
+                seeds.append(batch.seeds[name])
         if roots:
-            torch.autograd.backward(roots, _like_roots(roots, seeds))
+            torch.autograd.backward(roots, list(map(_like_root, roots, seeds)))
         for name in self.reads:
             add_grad(grads, name, made.get(name))
 
 
-def _like_roots(roots: list[GradientEdge], seeds: list[Tensor]) -> list[Tensor]:
-    """Seeds in the dtype and on the device of the values they belong to."""
-    metas = [root.node._input_metadata[root.output_nr] for root in roots]
-    return [seed.to(device=meta.device, dtype=meta.dtype) for seed, meta in zip(seeds, metas, strict=True)]
+def _like_root(root: GradientEdge, seed: Tensor | float) -> Tensor:
+    """A seed in the dtype and on the device of the value that it belongs to."""
+    meta = root.node._input_metadata[root.output_nr]
+    if isinstance(seed, Tensor):
+        return seed.to(device=meta.device, dtype=meta.dtype)
+    return torch.full((), seed, device=meta.device, dtype=meta.dtype)
 
 
 @dataclass

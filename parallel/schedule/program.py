@@ -11,7 +11,7 @@ What passes between ranks is a message `(kind, stage, mb)`: `("F", s, m)` is wha
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -173,6 +173,7 @@ def route(program: Program, msg: Message) -> tuple[int, int]:
     return program.host(stage, mb), program.host(stage + 1 if kind == "F" else stage - 1, mb)
 
 
+@cache
 def spell(ins: Instruction) -> str:
     """An instruction or a message in words: `F(0, 3)`."""
     return f"{ins[0]}({', '.join(map(str, ins[1:]))})"
