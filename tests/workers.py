@@ -7,6 +7,7 @@ starts anew. `workers(1)` is a plain call in this process. The fixture of the sa
 """
 
 import faulthandler
+import gc
 import importlib
 import multiprocessing as mp
 import os
@@ -58,7 +59,9 @@ def serve(jobs: Connection, rank: int, size: int, port: int, stack_file: str) ->
         try:
             start_world(dist.PrefixStore(str(number), store), rank, size)
             answer = (True, resolve(function)(*args, **kwargs))
+            dist.barrier()  # nobody leaves while others are still connecting
             dist.destroy_process_group()
+            gc.collect()  # groups that a cycle keeps alive would go on polling their sockets
         except BaseException:  # the group is left as it is: ending one with work in flight may hang
             answer = (False, traceback.format_exc())
         jobs.send_bytes(pickle.dumps(answer))
@@ -73,6 +76,7 @@ class Alone:
             return [resolve(function)(*args, **kwargs)]
         finally:
             dist.destroy_process_group()
+            gc.collect()
 
     def close(self) -> None:
         pass

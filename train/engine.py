@@ -6,7 +6,7 @@ knows nothing of data files, time or metrics; the trainer's loop calls its phase
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -61,7 +61,7 @@ class Engine:
         )
         self.mesh.connect()
         self.dispatcher = self._dispatcher()
-        self.program = cache(self._program)
+        self.programs: dict[int, Program] = {}  # by sequences of the global batch
         program = self.program(recipe.train.batch.start)
         layers = split_layers(model, program.stages, layout.layers_per_stage)
         local = model.n_routed_experts // layout.expert
@@ -118,12 +118,15 @@ class Engine:
         count = self.program(batch).microbatches
         return {mb: _share(mine, mb, count) for mb in range(count)}
 
-    def _program(self, batch: int) -> Program:
+    def program(self, batch: int) -> Program:
         """The program of a global batch of `batch` sequences: the fewest micro-batches that the schedule can serve."""
-        layout = self.recipe.parallel
-        multiple = schedule.named(layout.schedule).multiple
-        groups = -(-batch // (layout.data * layout.microbatch_size * multiple))
-        return schedule.build(layout.schedule, layout.pipeline, groups * multiple, layout.chunks)
+        if batch not in self.programs:
+            layout = self.recipe.parallel
+            multiple = schedule.named(layout.schedule).multiple
+            groups = -(-batch // (layout.data * layout.microbatch_size * multiple))
+            built = schedule.build(layout.schedule, layout.pipeline, groups * multiple, layout.chunks)
+            self.programs[batch] = built
+        return self.programs[batch]
 
     def seeds(self, batch: int, length: int, mtp_weight: float) -> dict[str, float]:
         """Gradient of the objective by each raw loss sum: L_main + lambda/D sum_k L_k + alpha mean_sequences(L_bal)."""
