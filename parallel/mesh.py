@@ -6,7 +6,7 @@ Neighbours: `replicas` builds the groups that hold a copy of a parameter from it
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch.distributed as dist
@@ -65,6 +65,19 @@ class Mesh:
         first = self.rank - self.expert_rank
         return tuple(range(first, first + self.expert))
 
+    def expert_nodes(self) -> tuple[int, ...]:
+        """The node of each rank of this rank's expert group."""
+        return tuple(rank // self.node_size for rank in self.expert_ranks())
+
+    def in_node(self) -> tuple[int, ...]:
+        """The ranks of this rank's expert group that share its node."""
+        return tuple(rank for rank in self.expert_ranks() if rank // self.node_size == self.node)
+
+    def across_nodes(self) -> tuple[int, ...]:
+        """The ranks of this rank's expert group at its place of each node; all nodes hold equally many of the group."""
+        ranks, places = self.expert_ranks(), len(self.in_node())
+        return ranks[self.expert_rank % places :: places]
+
     def line(self, column: int) -> tuple[int, ...]:
         """The ranks of one pipeline, in order."""
         return tuple(position * self.width + column for position in range(self.pipeline))
@@ -100,6 +113,12 @@ class Mesh:
         if self.pipeline > 1:
             for use in ("travel right", "travel left"):
                 self.make_groups(use, (self.line(column) for column in range(self.width)))
+
+    def connect_nodes(self) -> None:
+        """Make the groups of ranks of an expert group that share a node, and that share a place in their nodes."""
+        everyone = [replace(self, rank=rank) for rank in range(self.world_size)]
+        self.make_groups("in node", sorted({mesh.in_node() for mesh in everyone}))
+        self.make_groups("across nodes", sorted({mesh.across_nodes() for mesh in everyone}))
 
     def travel(self, source: int, target: int) -> dist.ProcessGroup:
         """The group that carries messages from pipeline position `source` to `target`."""

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from kernels.linear import Numerics, attach_main_grads
 from parallel import schedule
-from parallel.experts import AllToAll, Dispatcher, LocalExperts
+from parallel.experts import Dispatcher
+from parallel.experts.build import build as build_dispatcher
+from parallel.experts.dispatch import OPERATIONS
 from parallel.experts.lockstep import agree, exchanges, predict
 from parallel.mesh import Mesh
 from parallel.passes import Microbatch
@@ -36,11 +38,14 @@ LOSSES = ("loss", "mtp_loss", "balance_loss")
 class Totals:
     """What one step, or one evaluation, added up over the whole global batch.
 
-    losses: raw sums by name. loads: router number -> tokens that chose each expert, FP64 [E].
+    losses: raw sums by name. loads: router number -> tokens that chose each expert, FP64 [E]. inside, across: bytes
+    sent between ranks of a node, and between nodes, by operation of the dispatcher.
     """
 
     losses: dict[str, float]
     loads: dict[int, Tensor]
+    inside: dict[str, int]
+    across: dict[str, int]
 
 
 class Engine:
@@ -98,10 +103,9 @@ class Engine:
 
     def _dispatcher(self) -> Dispatcher:
         """How tokens reach their experts in this layout."""
-        experts = self.recipe.model.n_routed_experts
-        if self.mesh.expert == 1:
-            return LocalExperts(experts)
-        return AllToAll(experts, self.mesh.group(self.mesh.expert_ranks(), "all-to-all"))
+        recipe, layout = self.recipe, self.recipe.parallel
+        experts, chunks = recipe.model.n_routed_experts, layout.dispatch_chunks
+        return build_dispatcher(layout.dispatch, self.mesh, experts, recipe.fp8_dispatch, chunks)
 
     # -- the batch
     @property
@@ -192,15 +196,16 @@ class Engine:
         first_time, experts = program not in self.in_lockstep, self.mesh.group(self.mesh.expert_ranks(), "all-to-all")
         if first_time:  # what they are about to issue: ranks with unlike recipes would wait for each other forever
             visits = {number: exchanges(stage.segments) for number, stage in self.stages.items()}
-            agree(experts, predict(program, self.mesh.pipeline_rank, visits))
+            agree(experts, predict(program, self.mesh.pipeline_rank, visits, self.dispatcher.issues))
         self.dispatcher.log.clear()
+        self.dispatcher.traffic.clear()
         self.pipeline.step(program, batches)
         if first_time:
             agree(experts, self.dispatcher.log)
             self.in_lockstep.add(program)
 
     def _totals(self, batches: Mapping[int, Microbatch]) -> Totals:
-        """Add up losses and router loads over the world, and clear the loads.
+        """Add up losses, router loads and bytes sent over the world, and clear the loads.
 
         Each loss of a micro-batch is computed, and each token routed by each layer, on one rank of a pipeline. Losses
         keep their places in a table while they are gathered, and are added in one order: the same in every schedule.
@@ -219,13 +224,20 @@ class Engine:
         for number, router in routers.items():
             loads[routed.index(number)] = router.load
             router.load.zero_()
-        flat = torch.cat([table.flatten(), loads.flatten()])
+        traffic = self.dispatcher.traffic
+        sent = [[kind[operation] for operation in OPERATIONS] for kind in (traffic.inside, traffic.across)]
+        sizes = torch.tensor(sent, dtype=torch.float64, device=self.device)
+        flat = torch.cat([table.flatten(), loads.flatten(), sizes.flatten()])
         dist.all_reduce(flat)
-        sums = flat[: table.numel()].view_as(table).sum(0).tolist()
+        summed = flat.split([table.numel(), loads.numel(), sizes.numel()])
+        sums = summed[0].view_as(table).sum(0).tolist()
         losses = dict.fromkeys(LOSSES, 0.0)
         for (name, _), value in zip(columns, sums, strict=True):
             losses[name] += value
-        return Totals(losses, dict(zip(routed, flat[table.numel() :].view_as(loads).cpu(), strict=True)))
+        inside, across = (
+            dict(zip(OPERATIONS, map(int, numbers), strict=True)) for numbers in summed[2].view_as(sizes).tolist()
+        )
+        return Totals(losses, dict(zip(routed, summed[1].view_as(loads).cpu(), strict=True)), inside, across)
 
 
 def _share(whole: range, index: int, count: int) -> range:

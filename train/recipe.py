@@ -14,6 +14,8 @@ from typing import Any
 
 from kernels.recompute import CHOICES
 from parallel.errors import UserError
+from parallel.experts.build import CHOICES as DISPATCHERS
+from parallel.experts.build import choose
 from parallel.schedule import Program, generate, named
 from train.data.config import DataConfig
 from train.model.config import ModelConfig
@@ -35,6 +37,9 @@ class ParallelConfig:
     microbatch_size: int = 1
     microbatches: int | None = None  # a pipeline's share of a step; null: derived from the batch
     node_size: int | None = None  # ranks of a node; null: the launcher's local world size
+    dispatch: str = "auto"  # how tokens reach their experts: parallel/experts/build.py
+    dispatch_chunks: int = 1  # hierarchical: parts of the tokens whose hops overlap
+    dispatch_precision: str = "auto"  # of rows on their way to experts; back they are as precise as activations
     layers_per_stage: list[int] | None = None  # null: as even as possible by cost
     timeout_seconds: float = 600.0
 
@@ -53,7 +58,9 @@ class ParallelConfig:
 
     def check(self) -> None:
         at_least(1, "parallel", self, "pipeline", "data", "context", "expert", "chunks")
-        at_least(1, "parallel", self, "microbatch_size", "microbatches", "node_size")
+        at_least(1, "parallel", self, "microbatch_size", "microbatches", "node_size", "dispatch_chunks")
+        one_of("parallel.dispatch", self.dispatch, DISPATCHERS)
+        one_of("parallel.dispatch_precision", self.dispatch_precision, ("auto", "bf16", "fp8"))
         if self.context != 1:
             raise UserError(f"parallel.context={self.context}: expected 1; context parallelism does not exist yet")
         self.program(self.microbatches)
@@ -68,6 +75,7 @@ class ParallelConfig:
                 f"parallel.node_size={self.node_size}: expected a divisor of the world size, "
                 f"pipeline {self.pipeline} x data {self.data} x context {self.context} = {self.world_size}"
             )
+        choose(self.dispatch, self.expert, min(self.node_size or self.world_size, self.world_size))
         if self.timeout_seconds <= 0:
             raise UserError(f"parallel.timeout_seconds={self.timeout_seconds}: expected more than 0")
 
@@ -240,7 +248,21 @@ class Recipe:
             part.check()
         self._check_batch()
         self._check_model()
+        self._check_precision()
         return self
+
+    @property
+    def fp8_dispatch(self) -> bool:
+        """Whether rows go to their experts in FP8."""
+        return self.precision == "fp8" and self.parallel.dispatch_precision != "bf16"
+
+    def _check_precision(self) -> None:
+        wanted, precision = self.parallel.dispatch_precision, self.precision
+        possible = {"fp8": ("auto", "fp8", "bf16"), "bf16": ("auto", "bf16")}.get(precision, ("auto",))
+        if wanted not in possible:
+            raise UserError(
+                f"parallel.dispatch_precision={wanted}: expected {' or '.join(possible)} with precision={precision}"
+            )
 
     def _check_batch(self) -> None:
         batch, p = self.train.batch, self.parallel

@@ -145,6 +145,9 @@ class Trainer:
         record |= {"grad_norm": norm, "lr": lr, "batch_tokens": batch_tokens, "step_seconds": seconds}
         record |= {"tokens_per_second": batch_tokens / seconds, "memory_gb": peak_memory(self.device)}
         record |= {"dropped_steps": self.skipped, "data_seconds": loaded - began, **measured}
+        if self.recipe.parallel.expert > 1:
+            sent = {"expert_gb_inside": totals.inside, "expert_gb_across": totals.across}
+            record |= {key: sum(kind.values()) / 1e9 for key, kind in sent.items()}
         violations = {number: max_violation(load) for number, load in totals.loads.items()}
         if violations:
             record["max_violation"] = max(violations.values())

@@ -36,6 +36,15 @@ def fp8_quantize(x: Tensor, tile: list[int], power_of_two: bool) -> tuple[Tensor
 
 
 @op(
+    cost=lambda codes, scales, tile, dtype: Cost(codes.numel(), codes.numel() * (1 + dtype.itemsize) + size(scales)),
+    fake=lambda codes, scales, tile, dtype: torch.empty_like(codes, dtype=dtype),
+)
+def fp8_dequantize(codes: Tensor, scales: Tensor, tile: list[int], dtype: torch.dtype) -> Tensor:
+    """`formats.dequantize`, rounded to `dtype`; in BF16 with power-of-two scales nothing is rounded."""
+    return formats.dequantize(codes, scales, (tile[0], tile[1])).to(dtype)
+
+
+@op(
     cost=lambda codes, backend: Cost(0, codes.numel() * (1 + BACKENDS[backend].WEIGHT_DTYPE.itemsize)),
     fake=lambda codes, backend: torch.empty_like(codes, dtype=BACKENDS[backend].WEIGHT_DTYPE),
 )

@@ -5,8 +5,9 @@ T tokens of this rank, K experts chosen by each, E experts in all, R rows that t
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -24,47 +25,77 @@ class Tag:
     layer: int
 
 
+OPERATIONS = ("counts", "dispatch", "combine", "combine.B", "dispatch.B")
+
+
+@dataclass
+class Traffic:
+    """Bytes that this rank has sent since `clear`, by operation, to ranks of its own node and to those of others.
+
+    What stays on the rank is neither.
+    """
+
+    inside: Counter[str] = field(default_factory=Counter)
+    across: Counter[str] = field(default_factory=Counter)
+
+    def add(self, operation: str, inside: int, across: int) -> None:
+        """Count bytes that are being sent."""
+        self.inside[operation] += inside
+        self.across[operation] += across
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.inside.clear()
+        self.across.clear()
+
+
 @dataclass
 class Layout:
     """Where each row of one dispatch came from, so that combine and both backwards need no routing.
 
-    counts: rows of each expert of this rank, on the host. source_R and slot_TK describe the permutation on the sending
-    side: row r holds token source[r]; token t's k-th copy is row slot[t, k]. sends, receives: rows to and from each
-    rank of the group; arrival_R: the order that sorts received rows by expert (None: they are sorted as they come).
+    counts: rows of each expert of this rank, on the host. A dispatcher's own layout extends this by what it knows.
     """
 
     counts: list[int]
-    source_R: Tensor
-    slot_TK: Tensor
-    sends: list[int]
-    receives: list[int]
-    arrival_R: Tensor | None = None
 
 
 class Dispatcher(Protocol):
-    """Moves tokens to their experts and back. Each method is a part of a pass: it yields effects, then returns."""
+    """Moves tokens to their experts and back. Each method is a part of a pass: it yields effects, then returns.
+
+    log: the collectives issued since whoever reads it has cleared it. traffic: what they sent, likewise.
+    """
 
     log: list[Tag]
+    traffic: Traffic
 
     def dispatch(
         self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, tag: Tag
-    ) -> Generator[Effect, None, tuple[Tensor, Tensor, Layout]]:
+    ) -> Generator[Effect, None, tuple[Tensor, Tensor, Any]]:
         """Rows [R, D] sorted by local expert, their routing weights [R], and the layout."""
         ...
 
     def dispatch_backward(
-        self, layout: Layout, drows_RD: Tensor, dweights_R: Tensor, tag: Tag
+        self, layout: Any, drows_RD: Tensor, dweights_R: Tensor, tag: Tag
     ) -> Generator[Effect, None, tuple[Tensor, Tensor]]:
         """Gradients of the tokens [T, D] and of their routing weights [T, K]."""
         ...
 
-    def combine(self, layout: Layout, rows_RD: Tensor, tag: Tag) -> Generator[Effect, None, Tensor]:
-        """Each token's rows, summed in FP32 in the order of its choice: [T, D]."""
+    def combine(self, layout: Any, rows_RD: Tensor, tag: Tag) -> Generator[Effect, None, Tensor]:
+        """Each token's rows, summed in FP32 in one order: [T, D]."""
         ...
 
-    def combine_backward(self, layout: Layout, dy_TD: Tensor, tag: Tag) -> Generator[Effect, None, Tensor]:
+    def combine_backward(self, layout: Any, dy_TD: Tensor, tag: Tag) -> Generator[Effect, None, Tensor]:
         """Gradients of the rows [R, D]."""
         ...
+
+    def issues(self, operation: str) -> Sequence[str]:
+        """The operations of the tags that a turn called `operation` logs."""
+        ...
+
+
+def issues_once(operation: str) -> Sequence[str]:
+    """`Dispatcher.issues` of one that exchanges rows once; before a dispatch it also exchanges their numbers."""
+    return ("counts", operation) if operation == "dispatch" else (operation,)
 
 
 @dataclass

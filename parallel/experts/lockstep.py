@@ -6,18 +6,19 @@ their digests. Why: two collectives of equal size that ranks issue in opposite o
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import torch.distributed as dist
 
-from parallel.experts.dispatch import Combine, Dispatch, Tag
+from parallel.experts.dispatch import Combine, Dispatch, Tag, issues_once
 from parallel.experts.local import Nothing
 from parallel.passes import Comm, Pass, Segment, merge
 from parallel.schedule.program import Program, passes
 
 Exchange = tuple[str, int]  # ("dispatch" | "combine", global layer number)
+Issues = Callable[[str], Sequence[str]]  # `Dispatcher.issues`
 
 
 def exchanges(segments: Iterable[Segment]) -> list[Exchange]:
@@ -25,23 +26,23 @@ def exchanges(segments: Iterable[Segment]) -> list[Exchange]:
     return [(segment.name, segment.layer) for segment in segments if isinstance(segment, Dispatch | Combine)]
 
 
-def predict(program: Program, rank: int, stages: Mapping[int, Sequence[Exchange]]) -> list[Tag]:
+def predict(
+    program: Program, rank: int, stages: Mapping[int, Sequence[Exchange]], issues: Issues = issues_once
+) -> list[Tag]:
     """What pipeline rank `rank` issues on its expert group in a step; stages: the exchanges of those that it holds."""
     log: list[Tag] = []
     for instruction in program.program[rank]:
         halves = [half for half in passes(instruction) if half[0] != "W"]
-        merge(*(_walk(kind, stage, mb, stages[stage], log) for kind, stage, mb in reversed(halves)))
+        merge(*(_walk(kind, stage, mb, stages[stage], issues, log) for kind, stage, mb in reversed(halves)))
     return log
 
 
-def _walk(kind: str, stage: int, mb: int, visits: Sequence[Exchange], log: list[Tag]) -> Pass:
-    """A pass that only logs what it would issue. Backward visits the exchanges in reverse, and counts no rows again."""
+def _walk(kind: str, stage: int, mb: int, visits: Sequence[Exchange], issues: Issues, log: list[Tag]) -> Pass:
+    """A pass that only logs what it would issue. Backward visits the exchanges in reverse."""
     for name, layer in visits if kind == "F" else reversed(visits):
-        if kind == "F" and name == "dispatch":
-            log.append(Tag("counts", stage, mb, layer))
-        tag = Tag(name if kind == "F" else f"{name}.B", stage, mb, layer)
-        log.append(tag)
-        yield Comm(tag.operation, Nothing(), 0, None)
+        operation = name if kind == "F" else f"{name}.B"
+        log.extend(Tag(each, stage, mb, layer) for each in issues(operation))
+        yield Comm(operation, Nothing(), 0, None)
 
 
 def digest(log: Iterable[Tag]) -> str:

@@ -35,6 +35,7 @@ def calls() -> dict[str, tuple]:
         "grouped_mm": (x, experts.transpose(1, 2), COUNTS),
         "grouped_accumulate_mm": (torch.zeros(E, N, K), dy, x, COUNTS),
         "fp8_quantize": (x, list(ROWS), True),
+        "fp8_dequantize": (*xq, list(ROWS), bfloat16),
         "fp8_prepare_weight": (wq[0], reference),
         "fp8_linear": (*xq, [wq[0]], [wq[1]], bfloat16, reference),
         "fp8_linear_dgrad": ([dyq[0]], [dyq[1]], [wq[0]], [wq[1]], bfloat16, reference),

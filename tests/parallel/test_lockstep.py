@@ -21,6 +21,7 @@ LAYOUTS = {
     "dualpipe, layers 4 and 1": {**DUALPIPE, "layers_per_stage": [4, 1]},
     "1f1b": ONE_F_ONE_B,
     "1f1b, layers 3 and 2": {**ONE_F_ONE_B, "layers_per_stage": [3, 2]},
+    "dualpipe, two hops": {**DUALPIPE, "node_size": 1, "dispatch": "hierarchical", "dispatch_chunks": 2},
 }
 
 
@@ -48,7 +49,8 @@ def run_and_predict(layout):
             engine.update(1e-3, 1e-3, engine.forward_backward(tokens, size, 0.3))
         else:
             engine.evaluate(tokens, size)
-        found.append((predict(run, engine.mesh.pipeline_rank, visits), list(engine.dispatcher.log)))
+        predicted = predict(run, engine.mesh.pipeline_rank, visits, engine.dispatcher.issues)
+        found.append((predicted, list(engine.dispatcher.log)))
     return found
 
 

@@ -1,5 +1,7 @@
 """Where ranks sit, and that the groups made of them hold who they should."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,7 +30,9 @@ def test_the_report_s_layout():
     last = ranks[-1]
     assert (last.pipeline_rank, last.data_rank, last.expert_rank, last.node) == (15, 127, 63, 255)
     assert last.expert_ranks() == tuple(range(2048 - 64, 2048))
-    assert len({ranks[rank].node for rank in last.expert_ranks()}) == 8
+    assert last.expert_nodes() == tuple(rank // 8 for rank in range(2048 - 64, 2048))
+    assert last.in_node() == tuple(range(2040, 2048)), "the ranks of its expert group that are in its node"
+    assert last.across_nodes() == tuple(range(1991, 2048, 8)), "and those at its place of each node"
     assert len(last.replicas((3, 12), None)) == 256, "copies of a stage's dense parameters"
     assert last.replicas((3, 12), 5) == (389, 453, 1541, 1605), "copies of its experts"
     assert [last.peer(position) for position in (0, 1, 15)] == [127, 255, 2047]
@@ -45,6 +49,7 @@ def test_every_kind_of_set_divides_the_world(ranks):
     everyone = list(range(len(ranks)))
     for sets in (
         {mesh.expert_ranks() for mesh in ranks},
+        {mesh.in_node() for mesh in ranks},
         {mesh.line(mesh.rank % mesh.width) for mesh in ranks},
         {mesh.replicas([mesh.pipeline_rank], None) for mesh in ranks},
         {mesh.replicas([mesh.pipeline_rank], mesh.expert_rank) for mesh in ranks},
@@ -64,6 +69,18 @@ def test_members_of_a_set_agree_on_it(ranks):
         assert tuple(other.rank for other in line) == mesh.line(mesh.rank % mesh.width)
         assert [other.pipeline_rank for other in line] == list(range(mesh.pipeline))
         assert {(other.data_rank, other.expert_rank) for other in line} == {(mesh.data_rank, mesh.expert_rank)}
+
+
+@given(worlds())
+def test_a_token_s_way_leads_to_every_rank_of_its_expert_group(ranks):
+    """First to a rank at its place of another node, then to a rank of that node."""
+    size = ranks[0].expert
+    for places in (each for each in range(1, size + 1) if size % each == 0):
+        nodes = [replace(mesh, node_size=places) for mesh in ranks]
+        for mesh in nodes:
+            assert mesh.rank in mesh.in_node() and mesh.rank in mesh.across_nodes()
+            reached = [rank for halfway in mesh.across_nodes() for rank in nodes[halfway].in_node()]
+            assert tuple(reached) == mesh.expert_ranks()
 
 
 @given(worlds(), st.data())
