@@ -59,12 +59,13 @@ def serve(jobs: Connection, rank: int, size: int, port: int, stack_file: str) ->
         try:
             start_world(dist.PrefixStore(str(number), store), rank, size)
             answer = (True, resolve(function)(*args, **kwargs))
-            dist.barrier()  # nobody leaves while others are still connecting
-            dist.destroy_process_group()
-            gc.collect()  # groups that a cycle keeps alive would go on polling their sockets
         except BaseException:  # the group is left as it is: ending one with work in flight may hang
             answer = (False, traceback.format_exc())
         jobs.send_bytes(pickle.dumps(answer))
+        if answer[0]:
+            dist.barrier()  # nobody leaves while others are still connecting
+            dist.destroy_process_group()
+            gc.collect()  # groups that a cycle keeps alive would go on polling their sockets
 
 
 class Alone:
