@@ -314,13 +314,17 @@ def embedding(tokens: Tensor, weight: nn.Parameter, numerics: Numerics) -> Tenso
 def attach_main_grads(module: nn.Module, dtype: torch.dtype) -> None:
     """Give every trainable parameter a zero `main_grad` of `dtype` if it has none, and send autograd's gradients there.
 
-    Linears and embeddings write `main_grad` themselves; norms' gains come through the hook, once per backward.
+    Linears and embeddings write `main_grad` themselves. To norms' gains autograd adds in place where `main_grad` can be
+    their `grad`; where it is wider than they are, a hook takes the gradient over, once per backward.
     """
     for parameter in module.parameters():
         if parameter.requires_grad:
             if not hasattr(parameter, "main_grad"):
                 parameter.main_grad = torch.zeros_like(parameter, dtype=dtype)  # type: ignore[attr-defined]
-            parameter.register_post_accumulate_grad_hook(_move_grad)
+            if parameter.main_grad.dtype == parameter.dtype:
+                parameter.grad = parameter.main_grad
+            else:
+                parameter.register_post_accumulate_grad_hook(_move_grad)
 
 
 def _move_grad(parameter: Any) -> None:

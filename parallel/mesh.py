@@ -55,10 +55,6 @@ class Mesh:
         """Number of this rank's node."""
         return self.rank // self.node_size
 
-    def peer(self, pipeline_rank: int) -> int:
-        """Global rank at another position of this rank's pipeline."""
-        return pipeline_rank * self.width + self.rank % self.width
-
     # -- sets of ranks
     def expert_ranks(self) -> tuple[int, ...]:
         """This rank's expert group: consecutive ranks that together hold all experts of their stages."""
@@ -121,7 +117,7 @@ class Mesh:
         self.make_groups("across nodes", sorted({mesh.across_nodes() for mesh in everyone}))
 
     def travel(self, source: int, target: int) -> dist.ProcessGroup:
-        """The group that carries messages from pipeline position `source` to `target`."""
+        """The group that carries messages from pipeline position `source` to `target`; these are ranks in the group."""
         return self._right if target > source else self._left
 
     @cached_property

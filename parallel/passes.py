@@ -112,28 +112,51 @@ def add_grad(grads: Values, name: str, grad: Tensor | None) -> None:
         grads[name] = grads[name] + grad if name in grads else grad
 
 
+@dataclass(slots=True)
+class _Gradient:
+    """Where the gradient of a segment's input ends, when no leaf takes it."""
+
+    grad: Tensor | None = None
+
+
 class _Enter(torch.autograd.Function):
-    """The input of a segment's own graph. Its gradient ends in `grads`; unlike a leaf, the graph does not keep it."""
+    """The input of a segment's own graph. Its gradient ends in `end`; unlike a leaf, the graph does not keep it."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, anchor: Tensor, grads: Values, name: str) -> Tensor:
-        ctx.grads, ctx.name = grads, name
+    def forward(ctx: Any, value: Tensor, anchor: Tensor, end: _Gradient) -> Tensor:
+        ctx.end = end
         return value.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        ctx.grads[ctx.name] = grad
-        return None, None, None, None
+        ctx.end.grad = grad
+        return None, None, None
 
 
 _ANCHOR = torch.empty((), requires_grad=True)  # that of which autograd believes all this to be a function
 
 
-def enter(value: Any, grads: Values, name: str) -> Any:
-    """A value cut from the graph that made it; the gradient will be in `grads`. What has none is passed on."""
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return _Enter.apply(value.detach(), _ANCHOR, grads, name)
-    return value
+def enter(value: Any, lets_go: bool) -> tuple[Any, Tensor | _Gradient | None]:
+    """A value cut from the graph that made it, and where its gradient will be; what has none is passed on.
+
+    A leaf is quickest, and its graph keeps it; with `lets_go` the graph does not.
+    """
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return value, None
+    if lets_go:
+        end = _Gradient()
+        return _Enter.apply(value.detach(), _ANCHOR, end), end
+    leaf = value.detach().requires_grad_()
+    return leaf, leaf
+
+
+@dataclass(slots=True)
+class _Root:
+    """Where the backward of an output begins, and what its gradient has to look like; the output is not kept."""
+
+    edge: GradientEdge
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass
@@ -141,7 +164,8 @@ class Local:
     """A compute segment: one autograd graph from detached inputs to outputs and raw losses.
 
     run(batch, *inputs) returns one value for each name in `writes`, then one scalar for each name in `losses`. A loss
-    is an extra root of the graph; its gradient is `batch.seeds[name]`.
+    is an extra root of the graph; its gradient is `batch.seeds[name]`. lets_go: the graph keeps inputs only as far as
+    an operator saves them, which is worth its price where operators keep something smaller, such as their FP8 codes.
     """
 
     name: str
@@ -150,54 +174,53 @@ class Local:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     losses: tuple[str, ...] = ()
+    lets_go: bool = False
 
     def forward(self, values: Values, batch: Microbatch, stage: int) -> Pass:
-        """Compute; returns where gradients of inputs will be, and the gradient edges of outputs: neither is kept."""
+        """Compute; returns where the gradients of inputs will be, and the roots of those of the outputs."""
         yield Compute(self.name, self.layer)
-        made: Values = {}
+        ends: list[Tensor | _Gradient | None] = []
         if batch.training:
-            results = self.run(batch, *(enter(values[name], made, name) for name in self.reads))
+            inputs = []
+            for name in self.reads:
+                entered, end = enter(values[name], self.lets_go)
+                inputs.append(entered)
+                ends.append(end)
+            results = self.run(batch, *inputs)
         else:
             with torch.no_grad():
                 results = self.run(batch, *(values[name] for name in self.reads))
-        edges: dict[str, GradientEdge] = {}
+        roots: dict[str, _Root] = {}
         for name, result in zip(self.writes + self.losses, results, strict=True):
             if isinstance(result, Tensor) and result.requires_grad:
-                edges[name] = get_gradient_edge(result)
+                roots[name] = _Root(get_gradient_edge(result), result.dtype, result.device)
                 result = result.detach()
             if name in self.losses:
                 batch.losses[name, self.layer] = result.detach().double()
             else:
                 values[name] = result
-        return made, edges
+        return ends, roots
 
     def backward(self, record: Any, grads: Values, batch: Microbatch, stage: int) -> Pass:
         """Walk this segment's graph: take the gradients of the outputs from `grads`, add those of the inputs to it."""
         yield Compute(self.name + ".B", self.layer)
-        made, edges = record
-        roots: list[GradientEdge] = []
-        seeds: list[Tensor | float] = []
+        ends, roots = record
+        edges: list[GradientEdge] = []
+        seeds: list[Tensor] = []
         for name in self.writes:
             grad = grads.pop(name, None)
-            if grad is not None and name in edges:
-                roots.append(edges[name])
-                seeds.append(grad)
+            if grad is not None and name in roots:
+                edges.append(roots[name].edge)
+                seeds.append(grad.to(device=roots[name].device, dtype=roots[name].dtype))
         for name in self.losses:
-            if name in edges:
-                roots.append(edges[name])
-                seeds.append(batch.seeds[name])
-        if roots:
-            torch.autograd.backward(roots, list(map(_like_root, roots, seeds)))
-        for name in self.reads:
-            add_grad(grads, name, made.get(name))
-
-
-def _like_root(root: GradientEdge, seed: Tensor | float) -> Tensor:
-    """A seed in the dtype and on the device of the value that it belongs to."""
-    meta = root.node._input_metadata[root.output_nr]
-    if isinstance(seed, Tensor):
-        return seed.to(device=meta.device, dtype=meta.dtype)
-    return torch.full((), seed, device=meta.device, dtype=meta.dtype)
+            if name in roots:
+                edges.append(roots[name].edge)
+                seeds.append(torch.full((), batch.seeds[name], device=roots[name].device, dtype=roots[name].dtype))
+        if edges:
+            torch.autograd.backward(edges, seeds)
+        for name, end in zip(self.reads, ends, strict=True):
+            if end is not None:
+                add_grad(grads, name, end.grad)
 
 
 @dataclass
@@ -282,6 +305,8 @@ def merge(*passes: Pass, trace: Trace = OFF) -> list[Any]:
     unequal length (layer counts that differ, MTP) take turns while both last; what is left of the longer one runs by
     itself. If a pass raises, all are closed and what they have in flight is waited for.
     """
+    if len(passes) == 1:
+        return [_alone(passes[0], trace)]
     results: list[Any] = [None] * len(passes)
     in_flight: dict[int, Comm] = {}
     live = dict(enumerate(passes))
@@ -305,6 +330,20 @@ def merge(*passes: Pass, trace: Trace = OFF) -> list[Any]:
                 comm.work.wait()
         raise
     return results
+
+
+def _alone(one: Pass, trace: Trace) -> Any:
+    """Exhaust a pass that takes turns with nobody."""
+    effect: Effect | None = None
+    try:
+        while True:
+            effect = _resume(one, effect, trace)
+            if isinstance(effect, Comm):
+                trace.post("experts", effect.name, effect.work, effect.bytes)
+    except StopIteration as end:
+        return end.value
+    finally:
+        one.close()
 
 
 def _resume(one: Pass, effect: Effect | None, trace: Trace) -> Effect:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kernels.linear import WeightGrads
@@ -40,7 +39,7 @@ class Messages:
     def send(self, message: Message, peer: int) -> None:
         """Post; the tensor is held until the send is done. Safe: the program also finishes if every send blocks."""
         tensor = self.made.pop(message).contiguous()
-        work = dist.isend(tensor, self.mesh.peer(peer), group=self.mesh.travel(self.mesh.pipeline_rank, peer))
+        work = self.mesh.travel(self.mesh.pipeline_rank, peer).send([tensor], peer, 0)
         self.trace.post("pipeline", f"send {spell(message)}", work, tensor.nbytes)
         self.leaving.append((work, tensor))
         while self.leaving and (len(self.leaving) > SENDS_IN_FLIGHT or self.leaving[0][0].is_completed()):
@@ -49,7 +48,7 @@ class Messages:
     def receive(self, message: Message, peer: int, shape: tuple[int, ...]) -> None:
         """Post a receive of a tensor of `shape`."""
         tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
-        work = dist.irecv(tensor, self.mesh.peer(peer), group=self.mesh.travel(peer, self.mesh.pipeline_rank))
+        work = self.mesh.travel(peer, self.mesh.pipeline_rank).recv([tensor], peer, 0)
         self.trace.post("pipeline", f"receive {spell(message)}", work, tensor.nbytes)
         self.arriving[message] = work, tensor
 

@@ -35,7 +35,7 @@ def test_the_report_s_layout():
     assert last.across_nodes() == tuple(range(1991, 2048, 8)), "and those at its place of each node"
     assert len(last.replicas((3, 12), None)) == 256, "copies of a stage's dense parameters"
     assert last.replicas((3, 12), 5) == (389, 453, 1541, 1605), "copies of its experts"
-    assert [last.peer(position) for position in (0, 1, 15)] == [127, 255, 2047]
+    assert [last.line(127)[position] for position in (0, 1, 15)] == [127, 255, 2047]
 
 
 def test_context_ranks_work_on_the_same_sequences_and_may_share_an_expert_group():
@@ -65,8 +65,7 @@ def test_members_of_a_set_agree_on_it(ranks):
         assert {(other.expert_ranks(), other.pipeline_rank) for other in group} == {
             (mesh.expert_ranks(), mesh.pipeline_rank)
         }
-        line = [ranks[mesh.peer(position)] for position in range(mesh.pipeline)]
-        assert tuple(other.rank for other in line) == mesh.line(mesh.rank % mesh.width)
+        line = [ranks[rank] for rank in mesh.line(mesh.rank % mesh.width)]
         assert [other.pipeline_rank for other in line] == list(range(mesh.pipeline))
         assert {(other.data_rank, other.expert_rank) for other in line} == {(mesh.data_rank, mesh.expert_rank)}
 

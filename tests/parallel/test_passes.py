@@ -280,15 +280,22 @@ def test_forward_lets_dead_values_go(training):
     assert result.tolist() == [14.0**3]
 
 
-@pytest.mark.parametrize(("run", "needed"), [(lambda batch, x: (2 * x,), False), (lambda batch, x: (x * x,), True)])
-def test_the_tape_keeps_inputs_that_backward_needs_and_no_outputs(run, needed):
+@pytest.mark.parametrize(
+    ("run", "lets_go", "kept_on"),
+    [
+        (lambda batch, x: (2 * x,), True, False),
+        (lambda batch, x: (2 * x,), False, True),
+        (lambda batch, x: (x * x,), True, True),
+    ],
+)
+def test_the_tape_keeps_no_outputs_and_inputs_unless_it_lets_them_go(run, lets_go, kept_on):
     toy = Toy(1, Journal())
-    toy.segments = [Local("dense", 0, run, ("hidden",), ("hidden",))]
+    toy.segments = [Local("dense", 0, run, ("hidden",), ("hidden",), lets_go=lets_go)]
     incoming, batch = torch.ones(1), Microbatch(0, None)
     result, tape = run_forward(toy, batch, incoming)
     kept, gone = storage(incoming), storage(result)
     del incoming, result
-    assert kept.expired() != needed
+    assert kept.expired() != kept_on
     assert gone.expired(), "what was handed to the next stage"
     assert merge(backward(toy, torch.ones(1), batch, tape, toy.weights, split=True))[0].tolist() == [2.0]
     assert tape == [] and kept.expired()

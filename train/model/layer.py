@@ -51,7 +51,7 @@ class Layer(nn.Module):
         return [
             Local("attention", self.number, self._attention, ("hidden",), made, ("balance_loss",)),
             Dispatch(dispatcher, self.number),
-            Local("experts", self.number, layer(self._experts), rows, results),
+            Local("experts", self.number, layer(self._experts), rows, results, lets_go=True),
             Combine(dispatcher, self.number),
             Sum("residual", self.number, summed, ("hidden",)),
         ]
