@@ -2,7 +2,8 @@
 
 On a GPU PyTorch's fused kernels take both widths. On a CPU they do not, and what PyTorch falls back to computes and
 keeps all T x T scores. There, queries are taken in blocks, each with the keys up to its last query: half the products.
-Backward makes the probabilities again, so that nothing of T x T is kept. Softmax and sums are FP32 (FP64 for FP64).
+Backward makes the probabilities again, so that nothing of T x T is kept, and like the fused kernels' it takes a row's
+share in the softmax's gradient from the output: sum(p dp) = dy . out. Softmax and sums are FP32 (FP64 for FP64).
 
 Legend: `B` sequences, `T` tokens, `H` heads, `d` width of queries and keys, `v` width of values.
 """
@@ -70,25 +71,26 @@ def causal_attention_forward(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, sca
 
 
 @op(
-    cost=lambda dy, q, k, v, scale: Cost(
-        2 * _pairs(q) * (3 * q.shape[3] + 2 * v.shape[3]), 2 * size(q, k, v) + size(dy)
+    cost=lambda dy, out, q, k, v, scale: Cost(
+        2 * _pairs(q) * (3 * q.shape[3] + 2 * v.shape[3]), 2 * size(q, k, v) + size(dy, out)
     ),
-    fake=lambda dy, q, k, v, scale: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+    fake=lambda dy, out, q, k, v, scale: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
 )
 def causal_attention_backward(
-    dy_BTHv: Tensor, q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, scale: float
+    dy_BTHv: Tensor, out_BTHv: Tensor, q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
     dtype = wide(q_BHTd.dtype)
     grads = [torch.zeros_like(operand, dtype=dtype) for operand in (q_BHTd, k_BHTd, v_BHTv)]
     with _units(q_BHTd):
-        for dy_HTv, *sequence, dq, dk, dv in zip(dy_BTHv.transpose(1, 2), q_BHTd, k_BHTd, v_BHTv, *grads, strict=True):
+        heads = (each.transpose(1, 2) for each in (dy_BTHv, out_BTHv))
+        for dy_HTv, out_HTv, *sequence, dq, dk, dv in zip(*heads, q_BHTd, k_BHTd, v_BHTv, *grads, strict=True):
             dy, q, k, v = map(_wide, (dy_HTv, *sequence))
+            less_HT1 = (dy * out_HTv).sum(-1, keepdim=True).neg_()
             for start, end in _blocks(q.shape[1]):
                 p, dy_block = _probabilities(q, k, scale, start, end), dy[:, start:end]
                 dv[:, :end].baddbmm_(p.transpose(1, 2), dy_block)
-                dp = torch.bmm(dy_block, v[:, :end].transpose(1, 2))
-                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, dtype)
+                ds = torch.baddbmm(less_HT1[:, start:end], dy_block, v[:, :end].transpose(1, 2)).mul_(p)
                 dq[:, start:end].baddbmm_(ds, k[:, :end], alpha=scale)
                 dk[:, :end].baddbmm_(ds.transpose(1, 2), q[:, start:end], alpha=scale)
     dq, dk, dv = (grad.to(q_BHTd.dtype) for grad in grads)
@@ -98,9 +100,10 @@ def causal_attention_backward(
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
+        out = causal_attention_forward(q, k, v, scale)
+        ctx.save_for_backward(out, q, k, v)
         ctx.scale = scale
-        return causal_attention_forward(q, k, v, scale)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.ops import Cost, op, size
+from kernels.ops import Cost, Product, op, size, unit_of
 
 ROWS = 64
 """On a CPU oneDNN compiles a BF16 GEMM for each shape and keeps a thousand. Experts get another number of rows each
@@ -46,7 +46,7 @@ def accumulate(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
 
 
 def _cost(a: Tensor, b: Tensor, out: Tensor) -> Cost:
-    return Cost(2 * out.numel() * a.shape[-1], size(a, b, out))
+    return Cost.of(unit_of(a.dtype), (Product(out.shape[0], out.shape[1], a.shape[-1]),), size(a, b, out))
 
 
 @op(
@@ -73,15 +73,18 @@ def accumulate_mm(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
     accumulate(out_MN, a_MK, b_KN)
 
 
-def _grouped_cost(rows: Tensor, b_EKN: Tensor, counts: list[int]) -> Cost:
+def _grouped_bytes(rows: Tensor, b_EKN: Tensor, counts: list[int]) -> int:
     busy = sum(1 for count in counts if count)
     _, K, N = b_EKN.shape
-    R = rows.shape[0]
-    return Cost(2 * R * K * N, R * (K + N) * rows.element_size() + busy * K * N * b_EKN.element_size())
+    return rows.shape[0] * (K + N) * rows.element_size() + busy * K * N * b_EKN.element_size()
 
 
 @op(
-    cost=_grouped_cost,
+    cost=lambda a_RK, b_EKN, counts: Cost.of(
+        unit_of(a_RK.dtype),
+        (Product(len(a_RK), b_EKN.shape[2], b_EKN.shape[1], len(counts)),),
+        _grouped_bytes(a_RK, b_EKN, counts),
+    ),
     fake=lambda a_RK, b_EKN, counts: a_RK.new_empty(a_RK.shape[0], b_EKN.shape[2]),
 )
 def grouped_mm(a_RK: Tensor, b_EKN: Tensor, counts: list[int]) -> Tensor:
@@ -111,7 +114,11 @@ def _up(rows: int, step: int) -> int:
 
 
 @op(
-    cost=lambda out_EMN, a_RM, b_RN, counts: _grouped_cost(a_RM, out_EMN, counts),
+    cost=lambda out_EMN, a_RM, b_RN, counts: Cost.of(
+        unit_of(a_RM.dtype),
+        tuple(Product(out_EMN.shape[1], out_EMN.shape[2], count) for count in counts if count),
+        _grouped_bytes(a_RM, out_EMN, counts),
+    ),
     fake=lambda out_EMN, a_RM, b_RN, counts: None,
     mutates=("out_EMN",),
 )

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from kernels import fp8 as fp8_kernels
 from kernels import gemm
+from kernels.fp8.health import Health
+from kernels.fp8.kept import FORMS
 from kernels.recompute import Recompute
 
 
@@ -62,7 +64,7 @@ class Numerics:
     precision: "fp8" | "bf16" | "fp32" | "fp64". `dtype` is that of parameters and activations (BF16 under FP8), `wide`
     that of sums, router, softmax and losses, `main_grad_dtype` that of accumulated gradients. Quantised weights are
     made once and kept until `bump` says that the weights have changed: optimizer step, load, rollback. `recompute` says
-    what backward makes again (`kernels/recompute.py`).
+    what backward makes again (`kernels/recompute.py`); `health` sees what is quantised (`kernels/fp8/health.py`).
     Raises ValueError for an unknown precision or backend.
     """
 
@@ -77,9 +79,15 @@ class Numerics:
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self.main_grad_dtype = self.wide
         self.weight_grads = WeightGrads()
-        self.recompute = Recompute(recompute)
+        self.recompute = Recompute(recompute, FORMS if precision == "fp8" else {})
+        self.health = Health()
         self.epoch = 0
         self._quantised: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def row_align(self) -> int:
+        """What each expert's number of rows must be a multiple of, for `grouped_linear`."""
+        return fp8_kernels.BACKENDS[self.backend].row_align if self.precision == "fp8" else 1
 
     def bump(self) -> None:
         """The weights have changed: forget what was made from the old ones."""
@@ -90,7 +98,7 @@ class Numerics:
         """Codes and scales of a weight [..., out, in] in 128x128 blocks, made on first use in an epoch."""
         key = id(weight)
         if key not in self._quantised:
-            codes, scales = fp8_kernels.fp8_quantize(weight.detach(), fp8_kernels.BLOCKS, False)
+            codes, scales = fp8_kernels.fp8_quantize(weight.detach(), fp8_kernels.BLOCKS, False, self.backend)
             # The weight is kept with them: while it lives, its id belongs to no other.
             self._quantised[key] = weight, fp8_kernels.fp8_prepare_weight(codes, self.backend), scales
         _, codes, scales = self._quantised[key]
@@ -142,7 +150,10 @@ class _FP8Linear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.numerics, ctx.weights, ctx.dtype = numerics, weights, x.dtype
         ctx.set_materialize_grads(False)
-        codes, scales = numerics.recompute.after(fp8_kernels.fp8_quantize, x, fp8_kernels.ROWS, power_of_two)
+        cast = fp8_kernels.ROWS, power_of_two, numerics.backend
+        codes, scales = numerics.recompute.after(fp8_kernels.fp8_quantize, x, *cast)
+        ctx.layer = numerics.health.layer
+        numerics.health.record(ctx.layer, "activation", x, codes, scales)
         ctx.save_for_backward(codes, scales)
         ctx.quantised = [numerics.quantised(w) for w in weights]
         operands = codes, scales, *_columns(ctx.quantised)
@@ -153,7 +164,10 @@ class _FP8Linear(torch.autograd.Function):
         x_codes, x_scales = ctx.saved_tensors
         numerics = ctx.numerics
         used = [i for i, dy in enumerate(dys) if dy is not None]
-        quantised_dys = {i: fp8_kernels.fp8_quantize(dys[i], fp8_kernels.ROWS, False) for i in used}
+        cast = fp8_kernels.ROWS, False, numerics.backend
+        quantised_dys = {i: fp8_kernels.fp8_quantize(dys[i], *cast) for i in used}
+        for i, quantised_dy in quantised_dys.items():
+            numerics.health.record(ctx.layer, "gradient", dys[i], *quantised_dy)
         dx = None
         if ctx.needs_input_grad[0] and used:
             dy_operands, weight_operands = _columns(quantised_dys.values()), _columns(ctx.quantised[i] for i in used)
@@ -216,7 +230,10 @@ class _FP8GroupedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.numerics, ctx.weight, ctx.counts = numerics, weight, counts
         ctx.power_of_two_grad = power_of_two_grad
-        codes, scales = numerics.recompute.after(fp8_kernels.fp8_quantize, x, fp8_kernels.ROWS, power_of_two)
+        cast = fp8_kernels.ROWS, power_of_two, numerics.backend
+        codes, scales = numerics.recompute.after(fp8_kernels.fp8_quantize, x, *cast)
+        ctx.layer = numerics.health.layer
+        numerics.health.record(ctx.layer, "activation", x, codes, scales)
         ctx.save_for_backward(codes, scales)
         ctx.quantised = numerics.quantised(weight)
         return fp8_kernels.fp8_grouped_linear(codes, scales, *ctx.quantised, counts, x.dtype, numerics.backend)
@@ -224,7 +241,8 @@ class _FP8GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         numerics, counts = ctx.numerics, ctx.counts
-        quantised_dy = fp8_kernels.fp8_quantize(dy, fp8_kernels.ROWS, ctx.power_of_two_grad)
+        quantised_dy = fp8_kernels.fp8_quantize(dy, fp8_kernels.ROWS, ctx.power_of_two_grad, numerics.backend)
+        numerics.health.record(ctx.layer, "gradient", dy, *quantised_dy)
         if ctx.weight.requires_grad:
             operands = *ctx.saved_tensors, *quantised_dy
             numerics.weight_grads.now.append(
@@ -317,10 +335,11 @@ def attach_main_grads(module: nn.Module, dtype: torch.dtype) -> None:
     Linears and embeddings write `main_grad` themselves. To norms' gains autograd adds in place where `main_grad` can be
     their `grad`; where it is wider than they are, a hook takes the gradient over, once per backward.
     """
+    parameter: Any  # with a `main_grad`
     for parameter in module.parameters():
         if parameter.requires_grad:
             if not hasattr(parameter, "main_grad"):
-                parameter.main_grad = torch.zeros_like(parameter, dtype=dtype)  # type: ignore[attr-defined]
+                parameter.main_grad = torch.zeros_like(parameter, dtype=dtype)
             if parameter.main_grad.dtype == parameter.dtype:
                 parameter.grad = parameter.main_grad
             else:

@@ -31,6 +31,8 @@ class Verb:
     job: Job
     flags: dict[str, str] = field(default_factory=dict)
     recipe: bool = True
+    words: str = ""  # what a verb without a recipe takes
+    keys: dict[str, str | None] = field(default_factory=dict)  # its own beside the recipe's, with their defaults
 
 
 def train(recipe: Any, flags: argparse.Namespace) -> int:
@@ -74,6 +76,19 @@ def compare(run: Path, flags: argparse.Namespace) -> int:
     return 0
 
 
+def simulate(recipe: Any, flags: argparse.Namespace) -> int:
+    """One step of the recipe on the cluster that a sheet describes."""
+    from launch.simulate import result, sheet
+
+    recipe.validate(data=False)
+    found = result.simulate(recipe, sheet.read(flags.cluster))
+    if flags.json:
+        write(flags.json, found.to_json())
+    if flags.json != "-":
+        print(result.text(found))
+    return 0
+
+
 def prepare(recipe: Any, flags: argparse.Namespace) -> int:
     from train.data.preparation import prepare
 
@@ -88,7 +103,24 @@ def prepare(recipe: Any, flags: argparse.Namespace) -> int:
     return 0
 
 
+def load(recipe: None, flags: argparse.Namespace) -> int:
+    from launch import load
+
+    run = Path(flags.words[0])
+    history = load.read(run)
+    if flags.svg:
+        write(flags.svg, load.svg(history, str(run)))
+        return 0
+    print(load.text(history, str(run)))
+    print(f"\n{load.write(run)}")
+    return 0
+
+
 def doctor(recipe: None, flags: argparse.Namespace) -> int:
+    if flags.fp8:
+        from launch import fp8
+
+        return fp8.main()
     from launch import doctor
 
     return doctor.main()
@@ -106,10 +138,31 @@ VERBS = {
             "--compare RUN": "draw a step that RUN recorded with trace=on under its program",
         },
     ),
+    "simulate": Verb(
+        "price one step of a recipe on a cluster, without the cluster",
+        "weft simulate recipe=v3 cluster=h800x2048",
+        simulate,
+        {"--json FILE": "write the figures as JSON"},
+        keys={"cluster": "h800x2048"},
+    ),
     "data prepare": Verb(
         "turn text into memory-mapped token rows", "weft data prepare data=hf data.path=FILE", prepare
     ),
-    "doctor": Verb("say what this machine has and lacks", "weft doctor", doctor, recipe=False),
+    "load": Verb(
+        "say how evenly a run has loaded its experts, and draw it",
+        "weft load runs/tiny",
+        load,
+        {"--svg FILE": "write the picture there, not into the run's folder"},
+        recipe=False,
+        words="RUN",
+    ),
+    "doctor": Verb(
+        "say what this machine has and lacks",
+        "weft doctor",
+        doctor,
+        {"--fp8": "run every FP8 backend that works here against the reference"},
+        recipe=False,
+    ),
 }
 
 
@@ -147,20 +200,29 @@ def run(words: list[str]) -> int:
     flags, rest = own_flags(verb, rest)
     if verb.recipe:
         return with_recipe(name, verb, flags, rest)
-    if rest:
-        raise UserError(f"{name} {rest[0]}: expected no words after {name}")
+    if len(rest) != len(verb.words.split()):
+        expected = f"weft {name} {verb.words}" if verb.words else f"no words after {name}"
+        raise UserError(f"{' '.join([name, *rest])}: expected {expected}")
+    flags.words = rest
     return verb.job(None, flags)
 
 
 def own_flags(verb: Verb, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The verb's flags, and the words that are left for Hydra."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag, value in map(str.split, verb.flags):
-        parser.add_argument(flag, metavar=value)
+    for flag, *value in map(str.split, verb.flags):
+        if value:
+            parser.add_argument(flag, metavar=value[0])
+        else:
+            parser.add_argument(flag, action="store_true")
+    own = {word.partition("=")[0]: word.partition("=")[2] for word in words if word.partition("=")[0] in verb.keys}
     try:
-        return parser.parse_known_args(words)
+        flags, rest = parser.parse_known_args([word for word in words if word.partition("=")[0] not in own])
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
+    for key, default in verb.keys.items():
+        setattr(flags, key, own.get(key, default))
+    return flags, rest
 
 
 def with_recipe(name: str, verb: Verb, flags: argparse.Namespace, words: list[str]) -> int:
@@ -259,7 +321,7 @@ def usage() -> str:
             "",
             *flags,
             "",
-            "Every verb but doctor takes a recipe (tiny unless named) and Hydra's flags: --cfg job shows the composed",
-            "recipe, --multirun sweeps over values (train.seed=1,2), --help lists groups and keys.",
+            "Every verb but load and doctor takes a recipe (tiny unless named) and Hydra's flags: --cfg job shows the",
+            "composed recipe, --multirun sweeps over values (train.seed=1,2), --help lists groups and keys.",
         ]
     )

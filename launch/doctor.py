@@ -100,7 +100,8 @@ def devices() -> Iterator[Finding]:
         gpu = torch.cuda.get_device_properties(index)
         fp8 = "FP8 GEMMs" if (gpu.major, gpu.minor) >= (9, 0) else "no FP8 GEMMs (compute capability 9.0 or newer)"
         yield Finding("good", f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB, {fp8}")
-    yield Finding("note", "never run on a GPU", "training, the NCCL backend and FP8 beyond the CPU's reference backend")
+    never = "training, the NCCL backend, FP8 backends transformer_engine, triton, cublas and auto"
+    yield Finding("note", "never run on a GPU", f"{never}; weft doctor --fp8 runs the last four")
 
 
 def places() -> Iterator[Finding]:

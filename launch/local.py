@@ -20,9 +20,11 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from launch import load
 from parallel.errors import UserError
 from train.compose import write
 from train.data.preparation import prepare
+from train.precision import fp8_backend
 from train.recipe import Recipe
 
 GRACE_SECONDS = 30  # between asking workers to stop and making them
@@ -35,6 +37,8 @@ def train(recipe: Recipe) -> int:
     """
     world = recipe.parallel.world_size
     check_machine(world)
+    if not torch.cuda.is_available():  # where it is, ranks look at their own GPUs before they join
+        fp8_backend(recipe, torch.device("cpu"))
     config = write(recipe)
     print(f"{config.parent}: {recipe.summary()}", flush=True)
     prepare(
@@ -70,6 +74,8 @@ def train(recipe: Recipe) -> int:
             return 128 + int(stopped.sigval)
         except ChildFailedError as failed:
             return report(first_failure(Path(logs)), failed)
+    if load.recorded(config.parent):
+        load.write(config.parent)
     return 0
 
 

@@ -7,14 +7,20 @@ Neighbours: `replicas` builds the groups that hold a copy of a parameter from it
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import cached_property
+from typing import Any
 
 import torch.distributed as dist
 
 
 @dataclass
 class Mesh:
-    """One rank's view of the world. Widths in ranks; `node_size` ranks share a node."""
+    """One rank's view of the world. Widths in ranks; `node_size` ranks share a node.
+
+    timeout: of what the groups do, the backend's unless told. comm_sms: SMs for each of their communicators
+    (`communicator_options`).
+    """
 
     pipeline: int
     data: int
@@ -22,6 +28,8 @@ class Mesh:
     expert: int
     rank: int
     node_size: int
+    timeout: timedelta | None = None
+    comm_sms: int | None = None
     _groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = field(default_factory=dict, repr=False)
 
     # -- coordinates
@@ -94,7 +102,8 @@ class Mesh:
     def make_groups(self, use: str, sets: Iterable[tuple[int, ...]]) -> None:
         """Make one process group for each set of ranks; every rank of the world makes all of them, in one order."""
         for ranks in sets:
-            group = dist.new_group(list(ranks), group_desc=use)
+            options = communicator_options(dist.get_backend(), self.comm_sms, self.timeout)
+            group = dist.new_group(list(ranks), timeout=self.timeout, pg_options=options, group_desc=use)
             if self.rank in ranks:
                 self._groups[ranks, use] = group
 
@@ -127,3 +136,18 @@ class Mesh:
     @cached_property
     def _left(self) -> dist.ProcessGroup:
         return self.group(self.line(self.rank % self.width), "travel left")
+
+
+def communicator_options(backend: str, sms: int | None, timeout: timedelta | None = None) -> Any:
+    """What a process group is made with so that NCCL gives its communicator at most `sms` SMs; else None.
+
+    This is `maxCTAs` of `ncclConfig_t`. For messages and all-to-all NCCL rounds it up to a power of two. Other backends
+    take nothing of the kind.
+    """
+    if sms is None or "nccl" not in backend:
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = sms
+    if timeout is not None:
+        options._timeout = timeout
+    return options

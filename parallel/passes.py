@@ -34,13 +34,19 @@ from parallel.trace import OFF, Trace
 class Comm:
     """A communication is in flight; the pass is resumed when `work` is done.
 
-    bytes: what leaves this rank for it.
+    inside, across: bytes that leave this rank for it, to ranks of its own node and to those of others.
     """
 
     name: str
     work: Any
-    bytes: int
+    inside: int
+    across: int
     group: Any
+
+    @property
+    def bytes(self) -> int:
+        """All that leaves this rank."""
+        return self.inside + self.across
 
 
 @dataclass(frozen=True)
@@ -318,7 +324,7 @@ def merge(*passes: Pass, trace: Trace = OFF) -> list[Any]:
                     while not isinstance(effect := _resume(one, effect, trace), Comm):
                         pass
                     in_flight[position] = effect
-                    trace.post("experts", effect.name, effect.work, effect.bytes)
+                    trace.post("experts", effect.name, effect.work, effect.bytes, across=effect.across)
                 except StopIteration as end:
                     results[position] = end.value
                     del live[position]
@@ -339,7 +345,7 @@ def _alone(one: Pass, trace: Trace) -> Any:
         while True:
             effect = _resume(one, effect, trace)
             if isinstance(effect, Comm):
-                trace.post("experts", effect.name, effect.work, effect.bytes)
+                trace.post("experts", effect.name, effect.work, effect.bytes, across=effect.across)
     except StopIteration as end:
         return end.value
     finally:

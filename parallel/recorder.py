@@ -276,9 +276,9 @@ class Recorder(Trace):
             self._weigh()
         return _Open(self, span)
 
-    def post(self, lane: str, name: str, work: Any, size: int) -> None:
+    def post(self, lane: str, name: str, work: Any, size: int, **details: int) -> None:
         if self.running and size:
-            flight = Flight(lane, name, size, self.clock.mark())
+            flight = Flight(lane, name, size, self.clock.mark(), details)
             self.step.flights.append(flight)
             self.flying[id(work)] = flight
             self.clock.watch(work, flight)

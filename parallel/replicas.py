@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from parallel.experts.shard import ExpertShard
+from parallel.experts.shard import share_of
 from parallel.mesh import Mesh
 from parallel.zero import Bucket
 
@@ -37,7 +37,7 @@ def buckets(
     for number, stage in stages.items():
         for name, parameter in stage.named_parameters():
             users = shared.get(name, {number})
-            sharded = isinstance(parameter, ExpertShard)
+            sharded = share_of(parameter) is not None
             ranks = mesh.replicas(homes(placement, users), mesh.expert_rank if sharded else None)
             key = ranks, "experts" if sharded else "dense", tuple(sorted(users))
             found.setdefault(key, {})[name] = parameter

@@ -54,6 +54,7 @@ class Flight:
     name: str
     size: int
     posted: Mark
+    details: dict[str, int] = field(default_factory=dict)
     arrived: Mark = None
     waited: Mark = None
     seen: bool = False
@@ -139,7 +140,7 @@ class Timeline:
             while free.get(thread, flight.posted) > flight.posted:
                 thread += 1
             free[thread] = flight.arrived
-            args = {"bytes": flight.size, "arrival": "seen" if flight.seen else "end of the wait"}
+            args = {"bytes": flight.size, **flight.details, "arrival": "seen" if flight.seen else "end of the wait"}
             yield self._event(flight.lane, flight.name, thread, flight.posted, flight.arrived, args)
         for moment, held in step.memory:
             counter = {"name": "memory", "ph": "C", "pid": self.rank, "tid": 0, "ts": micro(moment)}

@@ -26,9 +26,10 @@ class Trace:
         """Around a piece of work. lane: "instruction" | "compute" | "wait"; details: JSON values."""
         return _NOTHING
 
-    def post(self, lane: str, name: str, work: Any, size: int) -> None:
+    def post(self, lane: str, name: str, work: Any, size: int, **details: int) -> None:
         """A communication of `size` bytes is in flight. lane: "experts" | "pipeline" | "gradients".
 
+        details: of "experts" `across`, how many of the bytes go to other nodes.
         Whoever posts it holds its tensors until `wait` has returned.
         """
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
+from parallel.experts.shard import global_span
 from parallel.flat_shard import FlatShard
 from parallel.trace import OFF, Trace
 
@@ -37,7 +38,7 @@ PIECE = 1 << 16  # elements whose squares are summed at a time: widened, they st
 class Bucket:
     """Parameters that the same ranks replicate, in an order on which those ranks agree.
 
-    A parameter that is a shard of a global tensor (experts) says so in `global_offset` and `global_numel`, in elements.
+    A parameter may be a part of a global tensor (`parallel.experts.shard`).
     stages: the pipeline stages that use the parameters; several use a tied one.
     """
 
@@ -206,6 +207,10 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
         self.zero_grad()
         return True
 
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Clear the gradients where they are: a parameter's `grad` may be its `main_grad`, and stays that."""
+        super().zero_grad(set_to_none=False)
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: `{"master", "exp_avg", "exp_avg_sq": {name: FlatShard}, "applied_steps": scalar}`.
 
@@ -213,8 +218,8 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
         """
         state: dict[str, Any] = {"applied_steps": torch.tensor(self.optimizer.applied_steps)}
         for name, parameter, fragment in self.fragments():
-            start = getattr(parameter, "global_offset", 0) + fragment.lp_fragment_address.start
-            total = getattr(parameter, "global_numel", parameter.numel())
+            start, total = global_span(parameter)
+            start += fragment.lp_fragment_address.start
             shards = {"master": fragment.hp_fragment.detach(), **fragment.optim_fragment}
             for key, shard in shards.items():
                 state.setdefault(key, {})[name] = FlatShard.of(shard, start, total)

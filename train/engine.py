@@ -6,12 +6,15 @@ knows nothing of data files, time or metrics; the trainer's loop calls its phase
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.fp8.health import shares
 from kernels.linear import Numerics, attach_main_grads
 from parallel import schedule
 from parallel.experts import Dispatcher
@@ -25,10 +28,12 @@ from parallel.replicas import buckets
 from parallel.schedule import Program
 from parallel.trace import OFF, Trace
 from parallel.zero import ZeRO1
+from train.load import RowLimit
 from train.model.init import initialise
 from train.model.router import Router
 from train.model.stage import EMBEDDING, build, embedding_stages, split_layers
 from train.optim import MOMENTS, AdamW16
+from train.precision import fp8_backend
 from train.recipe import Recipe
 
 LOSSES = ("loss", "mtp_loss", "balance_loss")
@@ -55,7 +60,7 @@ class Engine:
         """The default process group exists and has the layout's size. All ranks construct their Engine together."""
         layout, model = recipe.parallel, recipe.model
         self.recipe, self.device = recipe, device
-        self.numerics = Numerics(recipe.precision, recompute=recipe.train.recompute)
+        self.numerics = Numerics(recipe.precision, fp8_backend(recipe, device), recompute=recipe.train.recompute)
         self.mesh = Mesh(
             layout.pipeline,
             layout.data,
@@ -63,6 +68,8 @@ class Engine:
             layout.expert,
             rank=dist.get_rank(),
             node_size=layout.node_size or layout.world_size,
+            timeout=timedelta(seconds=layout.timeout_seconds),
+            comm_sms=layout.comm_sms,
         )
         self.mesh.connect()
         self.dispatcher = self._dispatcher()
@@ -76,6 +83,8 @@ class Engine:
             self.stages = build(model, self.numerics, self.dispatcher, held, layers, experts)
         for stage in self.stages.values():
             initialise(stage, recipe.train.seed, model.initializer_range)
+        for router in self.routers().values():
+            router.force_balanced = recipe.train.force_balanced
         tied = {EMBEDDING: embedding_stages(model, program.stages)}
         self.buckets = buckets(self.mesh, program.placement, self.stages, tied)
         optim = recipe.optim
@@ -105,7 +114,8 @@ class Engine:
         """How tokens reach their experts in this layout."""
         recipe, layout = self.recipe, self.recipe.parallel
         experts, chunks = recipe.model.n_routed_experts, layout.dispatch_chunks
-        return build_dispatcher(layout.dispatch, self.mesh, experts, recipe.fp8_dispatch, chunks)
+        align, limit = self.numerics.row_align, RowLimit.of(recipe, self.mesh.rank)
+        return build_dispatcher(layout.dispatch, self.mesh, experts, recipe.fp8_dispatch, chunks, align, limit)
 
     # -- the batch
     @property
@@ -171,6 +181,18 @@ class Engine:
             for number, router in self.routers().items():
                 router.balance(totals.loads[number].to(self.device), bias_speed)
         return applied, float(norm)
+
+    def fp8_health(self) -> dict[str, dict[str, Any]]:
+        """By layer and kind what the FP8 of the last step did to it, over all ranks (`kernels/fp8/health.py`).
+
+        Called by every rank, after a step that `numerics.health` was told to look at.
+        """
+        model = self.recipe.model
+        layers = range(model.num_hidden_layers + model.num_nextn_predict_layers)
+        counts, reaches = self.numerics.health.tables(layers, self.device)
+        dist.all_reduce(counts)
+        dist.all_reduce(reaches, dist.ReduceOp.MAX)
+        return shares(layers, counts, reaches)
 
     def routers(self) -> dict[int, Router]:
         """The routers held here by global layer number."""

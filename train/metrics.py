@@ -29,7 +29,13 @@ class Metrics:
         directory.mkdir(parents=True, exist_ok=True)
         self.steps = JsonLines(directory / "metrics.jsonl", begin["step"])
         self.evaluations = JsonLines(directory / "evaluations.jsonl", begin["step"])
+        self.loads = JsonLines(directory / "load.jsonl", begin["step"])
         self.console = Console(recipe, begin["step"], begin["tokens"])
+        if recipe.train.force_balanced:
+            self.console.say(
+                "train.force_balanced=true: tokens go round all experts instead of choosing; "
+                "this run measures speed, its model and its losses mean nothing"
+            )
         self.wandb = None if recipe.wandb.mode == "disabled" else Wandb(recipe, directory, begin.get("wandb_id"))
 
     @property
@@ -37,22 +43,21 @@ class Metrics:
         """Id of the W&B run, for the checkpoint; None without one."""
         return self.wandb.id if self.wandb else None
 
-    def step(
-        self,
-        record: Mapping[str, Any],
-        violations: Mapping[int, float] | None = None,
-        biases: Mapping[int, Sequence[float]] | None = None,
-    ) -> None:
-        """Report one step. `violations` and `biases` belong to the router of each layer, by its number."""
-        layers = {"layer_max_violation": violations, "router_bias": biases}
-        whole = {
-            **record,
-            **{key: {str(layer): value for layer, value in of.items()} for key, of in layers.items() if of},
-        }
+    def step(self, record: Mapping[str, Any], biases: Mapping[int, Sequence[float]] | None = None) -> None:
+        """Report one step. `biases` are those of the router of each layer, by its number."""
+        whole = {**record, "router_bias": {str(layer): bias for layer, bias in biases.items()}} if biases else record
         self.steps.write(whole)
         self.console.step(record)
         if self.wandb:
             self.wandb.log(whole)
+
+    def warn(self, step: int, text: str) -> None:
+        """Tell the user what no number in a line says."""
+        self.console.say(f"step {step}: warning: {text}")
+
+    def load(self, step: int, tokens: int, record: Mapping[str, Any]) -> None:
+        """Report what each expert got in the steps up to this one (`LoadWatch.take`)."""
+        self.loads.write({"step": step, "tokens": tokens, **record})
 
     def evaluation(self, step: int, tokens: int, loss: float, unigram: float) -> None:
         """Report the held-out loss beside that of a model which knows only how frequent each token is, both in nats."""
@@ -67,6 +72,7 @@ class Metrics:
         """Flush and close everything."""
         self.steps.close()
         self.evaluations.close()
+        self.loads.close()
         self.console.close()
         if self.wandb:
             self.wandb.close()
@@ -117,6 +123,7 @@ class Console:
         ("grad_norm", "grad {:<7.4g}"),
         ("lr", "lr {:.2e}"),
         ("max_violation", "violation {:.2f}"),
+        ("force_balanced", "force-balanced"),
         ("step_seconds", "{:.2f} s"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
     )

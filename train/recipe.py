@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from kernels.fp8.backends import BACKENDS, lacking
 from kernels.recompute import CHOICES
 from parallel.errors import UserError
 from parallel.experts.build import CHOICES as DISPATCHERS
@@ -41,6 +42,8 @@ class ParallelConfig:
     dispatch_chunks: int = 1  # hierarchical: parts of the tokens whose hops overlap
     dispatch_precision: str = "auto"  # of rows on their way to experts; back they are as precise as activations
     layers_per_stage: list[int] | None = None  # null: as even as possible by cost
+    comm_sms: int | None = None  # most SMs of a GPU for each communicator; null: as many as NCCL wants
+    max_rows_factor: float | None = None  # rows that a rank's experts may get at once, in balanced shares; null: any
     timeout_seconds: float = 600.0
 
     @property
@@ -59,6 +62,7 @@ class ParallelConfig:
     def check(self) -> None:
         at_least(1, "parallel", self, "pipeline", "data", "context", "expert", "chunks")
         at_least(1, "parallel", self, "microbatch_size", "microbatches", "node_size", "dispatch_chunks")
+        at_least(1, "parallel", self, "comm_sms", "max_rows_factor")
         one_of("parallel.dispatch", self.dispatch, DISPATCHERS)
         one_of("parallel.dispatch_precision", self.dispatch_precision, ("auto", "bf16", "fp8"))
         if self.context != 1:
@@ -86,6 +90,16 @@ class ParallelConfig:
                 f"processes started: {processes}; expected parallel.pipeline={self.pipeline} x "
                 f"parallel.data={self.data} x parallel.context={self.context} = {self.world_size}"
             )
+
+
+@dataclass
+class FP8Config:
+    """Whose kernels compute what `precision: fp8` asks for: kernels/fp8/backends.py."""
+
+    backend: str = "auto"
+
+    def check(self) -> None:
+        one_of("fp8.backend", self.backend, BACKENDS)
 
 
 @dataclass
@@ -125,6 +139,7 @@ class TrainConfig:
     mtp_weight: list[Any] = field(default_factory=lambda: [[0, 0.3]])
     bias_speed: list[Any] = field(default_factory=lambda: [[0, 0.001]])
     balance_alpha: float = 1e-4
+    force_balanced: bool = False  # tokens go round all experts instead of choosing: to measure speed, not to learn
     recompute: list[str] = field(default_factory=list)  # what backward makes again: kernels/recompute.py
     eval_every: int = 0  # steps between evaluations on held-out rows, beside the one at the end
     eval_rows: int = 0  # held-out rows of an evaluation; 0: none
@@ -186,19 +201,29 @@ class WandbConfig:
 
 @dataclass
 class LogConfig:
-    """Steps between lines on the console, and between records of every router's biases (0: none).
+    """Steps between lines on the console, and between records of every router's loads and biases (0: none).
+
+    `*_global` figures look at `load_window` steps together. An expert starves that had less than `starving_share` of
+    the mean load in each of `starving_steps` steps (0: nobody is told).
 
     Of a start with `trace`, the first `trace_skip` steps are not written to files, and then `trace_steps` are.
     """
 
     every: int = 1
     bias_every: int = 0
+    health_every: int = 10
+    load_every: int = 10
+    load_window: int = 100
+    starving_share: float = 0.05
+    starving_steps: int = 100
     trace_skip: int = 1
     trace_steps: int = 3
 
     def check(self) -> None:
-        at_least(1, "log", self, "every", "trace_steps")
-        at_least(0, "log", self, "bias_every", "trace_skip")
+        at_least(1, "log", self, "every", "load_window", "trace_steps")
+        at_least(
+            0, "log", self, "bias_every", "health_every", "load_every", "starving_share", "starving_steps", "trace_skip"
+        )
 
 
 @dataclass
@@ -208,6 +233,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     precision: str = "bf16"
+    fp8: FP8Config = field(default_factory=FP8Config)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -230,13 +256,18 @@ class Recipe:
             raise UserError(f"{key}={sequences}: expected a multiple of {factors} = {quantum}")
         return sequences // (p.data * p.microbatch_size)
 
-    def validate(self) -> "Recipe":
-        """Check every part, then what spans several. Raises `UserError`; returns itself."""
+    def validate(self, data: bool = True) -> "Recipe":
+        """Check every part, then what spans several. Raises `UserError`; returns itself.
+
+        data: False where no text is going to be read, so that a recipe need not say where it is.
+        """
         check_finite("", asdict(self))
         one_of("precision", self.precision, PRECISIONS)
+        if data:
+            self.data.check()
         for part in (
             self.model,
-            self.data,
+            self.fp8,
             self.parallel,
             self.train,
             self.optim,
@@ -249,6 +280,7 @@ class Recipe:
         self._check_batch()
         self._check_model()
         self._check_precision()
+        self._check_fp8()
         return self
 
     @property
@@ -263,6 +295,36 @@ class Recipe:
             raise UserError(
                 f"parallel.dispatch_precision={wanted}: expected {' or '.join(possible)} with precision={precision}"
             )
+
+    def _check_fp8(self) -> None:
+        name, model = self.fp8.backend, self.model
+        if self.precision != "fp8":
+            if name != "auto":
+                raise UserError(f"fp8.backend={name}: expected auto with precision={self.precision}")
+            return
+        if missing := lacking(name):
+            others = [other for other in BACKENDS if not lacking(other)]
+            raise UserError(
+                f"fp8.backend={name}: it has no {', '.join(missing)}; expected one of {', '.join(others)} "
+                f"(auto uses {name} where it is fastest)"
+            )
+        heads = model.num_attention_heads
+        widths = {
+            "hidden_size": model.hidden_size,
+            "intermediate_size": model.intermediate_size,
+            "moe_intermediate_size": model.moe_intermediate_size,
+            "q_lora_rank": model.q_lora_rank or 0,
+            "kv_lora_rank": model.kv_lora_rank,
+            "kv_lora_rank + model.qk_rope_head_dim": model.kv_lora_rank + model.qk_rope_head_dim,
+            "num_attention_heads x (qk_nope_head_dim + qk_rope_head_dim)": heads * model.qk_head_dim,
+            "num_attention_heads x (qk_nope_head_dim + v_head_dim)": heads
+            * (model.qk_nope_head_dim + model.v_head_dim),
+            "num_attention_heads x v_head_dim": heads * model.v_head_dim,
+        }
+        multiple = BACKENDS[name].multiple
+        for key, width in widths.items():
+            if width % multiple:
+                raise UserError(f"model.{key}={width}: expected a multiple of {multiple} with fp8.backend={name}")
 
     def _check_batch(self) -> None:
         batch, p = self.train.batch, self.parallel

@@ -19,14 +19,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.errors import UserError
+from parallel.mesh import communicator_options
 from parallel.recorder import Recorder
 from parallel.trace import OFF
 from train import checkpoint, data
 from train.data.sampler import row_ids
 from train.engine import Engine, Totals
+from train.load import LoadWatch
 from train.metrics import Metrics
-from train.model.router import max_violation
 from train.optim import batch_size, learning_rate, piecewise
+from train.precision import fp8_backend
 from train.recipe import Recipe
 
 
@@ -43,6 +45,7 @@ class Trainer:
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0
         resumed = self.resume()
         self.metrics = Metrics(recipe, self.directory, resumed) if dist.get_rank() == 0 else None
+        self.load = LoadWatch(recipe.log)
 
     def fit(self) -> None:
         """Train until `train.steps` or `train.tokens` is reached."""
@@ -52,6 +55,7 @@ class Trainer:
             rows = self.load_batch(batch)
             loaded = time.perf_counter()
             self.trace.begin(self.step + 1, self.engine.program(batch))
+            self.engine.numerics.health.begin(self.looks_at_fp8(self.step + 1))
             totals = self.engine.forward_backward(rows, batch, self.now("mtp_weight"))
             ended = self.tokens + batch * self.recipe.train.sequence_length
             lr = learning_rate(self.recipe.optim.lr, ended)
@@ -67,6 +71,11 @@ class Trainer:
         self.evaluate()
         if self.metrics:
             self.metrics.close()
+
+    def looks_at_fp8(self, step: int) -> bool:
+        """Whether this step's record tells what FP8 does to each layer."""
+        every = self.recipe.log.health_every
+        return self.recipe.precision == "fp8" and every > 0 and step % every == 0
 
     # -- time
     def done(self) -> bool:
@@ -138,6 +147,7 @@ class Trainer:
         seconds = time.perf_counter() - began
         measured = self.trace.end()
         biases = self.biases() if self.due(self.recipe.log.bias_every) else None
+        health = self.engine.fp8_health() if self.looks_at_fp8(self.step) else {}
         if not self.metrics:
             return
         batch_tokens = batch * self.recipe.train.sequence_length
@@ -146,12 +156,20 @@ class Trainer:
         record |= {"tokens_per_second": batch_tokens / seconds, "memory_gb": peak_memory(self.device)}
         record |= {"dropped_steps": self.skipped, "data_seconds": loaded - began, **measured}
         if self.recipe.parallel.expert > 1:
-            sent = {"expert_gb_inside": totals.inside, "expert_gb_across": totals.across}
-            record |= {key: sum(kind.values()) / 1e9 for key, kind in sent.items()}
-        violations = {number: max_violation(load) for number, load in totals.loads.items()}
-        if violations:
-            record["max_violation"] = max(violations.values())
-        self.metrics.step(record, violations, biases)
+            sent = {"inside": totals.inside, "across": totals.across}
+            record |= {f"expert_gb_{where}": sum(kind.values()) / 1e9 for where, kind in sent.items()}
+            record |= {f"expert_bytes_{where}": kind for where, kind in sent.items()}
+        if health:
+            record["fp8_health"] = health
+        if self.recipe.train.force_balanced:
+            record["force_balanced"] = True
+        figures, warnings = self.load.step(totals.loads)
+        self.metrics.step(record | figures, biases)
+        for warning in warnings:
+            self.metrics.warn(self.step, warning)
+        every = self.recipe.log.load_every
+        if totals.loads and every and (self.due(every) or self.done()):
+            self.metrics.load(self.step, self.tokens, self.load.take(totals.loads))
 
     def recorder(self) -> Recorder:
         """The trace of a run with `trace=on`."""
@@ -222,11 +240,14 @@ def start_process_group(recipe: Recipe) -> torch.device:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+    fp8_backend(recipe, device)  # a wrong choice is told before any rank waits for another
     backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=recipe.parallel.timeout_seconds)
+    options = communicator_options(backend, recipe.parallel.comm_sms, timeout)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, pg_options=options)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timeout, pg_options=options, **alone)
     return device
 
 

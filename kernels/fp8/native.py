@@ -1,11 +1,12 @@
 """The element-wise loops of FP8 on a CPU, compiled once from `tiles.cpp` where there is a C++ compiler.
 
-They are an accelerator beneath `formats` and `reference`, not another meaning: bit for bit what PyTorch's operators
+They are an accelerator beneath `formats` and `e5m6`, not another meaning: bit for bit what PyTorch's operators
 give in about ten passes over memory each. Without a compiler everything works, slower.
 """
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -62,14 +63,37 @@ def loops(x: Tensor) -> ctypes.CDLL | None:
     return library() if x.device.type == "cpu" else None
 
 
-def quantize_rows(lib: ctypes.CDLL, x_RC: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+def quantize_rows(lib: ctypes.CDLL, x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """`formats.quantize` of BF16 in 1x128 tiles."""
-    R, C = x_RC.shape
-    x = x_RC.contiguous()
-    codes = torch.empty(R, C, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(R, -(-C // 128))
-    lib.quantize_rows(_data(x), _long(R), _long(C), ctypes.c_bool(power_of_two), _data(codes), _data(scales))
+    *rows, C = x.shape
+    x = x.contiguous()
+    codes = torch.empty(*rows, C, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(*rows, -(-C // 128))
+    lib.quantize_rows(
+        _data(x), _long(math.prod(rows)), _long(C), ctypes.c_bool(power_of_two), _data(codes), _data(scales)
+    )
     return codes, scales
+
+
+def e5m6_quantize(lib: ctypes.CDLL, x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """`e5m6.quantize` of BF16."""
+    *rows, C = x.shape
+    x = x.contiguous()
+    words = torch.empty(*rows, -(-C // 8) * 3, dtype=torch.int32)
+    scales = torch.empty(*rows, -(-C // 128))
+    lib.e5m6_quantize(
+        _data(x), _long(math.prod(rows)), _long(C), ctypes.c_bool(power_of_two), _data(words), _data(scales)
+    )
+    return words, scales
+
+
+def e5m6_dequantize(lib: ctypes.CDLL, words: Tensor, scales: Tensor, columns: int) -> Tensor:
+    """`e5m6.dequantize`."""
+    rows = words.shape[:-1]
+    words, scales = words.contiguous(), scales.contiguous()
+    values = torch.empty(*rows, columns)
+    lib.e5m6_dequantize(_data(words), _data(scales), _long(math.prod(rows)), _long(columns), _data(values))
+    return values
 
 
 def widen(lib: ctypes.CDLL, codes: Tensor) -> Tensor:
@@ -80,16 +104,14 @@ def widen(lib: ctypes.CDLL, codes: Tensor) -> Tensor:
     return values
 
 
-def requantize(lib: ctypes.CDLL, codes_RC: Tensor, scales: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """`reference.requantize`."""
-    C = codes_RC.shape[1]
+def regroup(lib: ctypes.CDLL, codes_TC: Tensor, scales: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """`formats.regroup`."""
+    C = codes_TC.shape[1]
     tiles = sum(-(-count // 128) for count in counts)
-    codes, scales = codes_RC.contiguous(), scales.contiguous()
+    codes, scales = codes_TC.contiguous(), scales.contiguous()
     values, column_scales = torch.empty(tiles * 128, C), torch.empty(tiles, C)
     groups = (ctypes.c_int64 * len(counts))(*counts)
-    lib.requantize(
-        _data(codes), _data(scales), groups, _long(len(counts)), _long(C), _data(values), _data(column_scales)
-    )
+    lib.regroup(_data(codes), _data(scales), groups, _long(len(counts)), _long(C), _data(values), _data(column_scales))
     return values, column_scales
 
 

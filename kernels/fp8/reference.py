@@ -4,18 +4,18 @@ out = sum over blocks of 128 along K of (a_block @ b_block) x scale of a's tile 
 products of E4M3 values are exact, and scales are applied outside them, every 128, as Hopper's kernels promote their
 sums (report section 3.3.2). Codes may come widened to FP32, which is how weights are kept between two optimizer steps.
 
+Codes and scales come as `formats.quantize` makes them: activations and gradients [rows, columns] in 1x128 tiles with
+scales [rows, ceil(columns / 128)], weights [..., N, K] in blocks with scales [..., ceil(N / 128), ceil(K / 128)]. Any
+number of rows will do, also none. Operands that do not fit each other raise ValueError or PyTorch's RuntimeError.
+
 Legend: `M` rows, `N` output width, `K` contracted width, `T` tokens, `E` experts.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.fp8 import native
-from kernels.fp8.formats import ROWS, TILE, round_to_e4m3, split, tile_scales, widen
+from kernels.fp8.formats import TILE, regroup, widen
 from kernels.gemm import BF16Units
-
-WEIGHT_DTYPE = torch.float32
-"""What `prepare_weight` returns."""
 
 
 def prepare_weight(codes: Tensor) -> Tensor:
@@ -23,46 +23,68 @@ def prepare_weight(codes: Tensor) -> Tensor:
     return widen(codes)
 
 
-def linear(x: Tensor, x_scales: Tensor, weights: list[Tensor], weight_scales: list[Tensor]) -> list[Tensor]:
-    """Fprop: x [M, K] in 1x128 tiles, each weight [N, K] in 128x128 blocks -> FP32 [M, N] each."""
+def linear(
+    x: Tensor, x_scales: Tensor, weights: list[Tensor], weight_scales: list[Tensor], dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Fprop: x [M, K] in 1x128 tiles, each weight [N, K] in 128x128 blocks -> [M, N] each, rounded once to `dtype`."""
     x = widen(x)
-    return [_gemm(x, x_scales, w.t(), s.t()) for w, s in zip(map(widen, weights), weight_scales, strict=True)]
+    operands = zip(map(widen, weights), weight_scales, strict=True)
+    return [_gemm(x, x_scales, w.t(), s.t()).to(dtype) for w, s in operands]
 
 
 def linear_dgrad(
-    dys: list[Tensor], dy_scales: list[Tensor], weights: list[Tensor], weight_scales: list[Tensor]
+    dys: list[Tensor],
+    dy_scales: list[Tensor],
+    weights: list[Tensor],
+    weight_scales: list[Tensor],
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Dgrad: sum of dy [M, N] in 1x128 tiles @ weight [N, K] with the blocks of Fprop -> FP32 [M, K]."""
+    """Dgrad: sum of dy [M, N] in 1x128 tiles @ weight [N, K] with the blocks of Fprop -> [M, K] in `dtype`."""
     operands = zip(map(widen, dys), dy_scales, map(widen, weights), weight_scales, strict=True)
     dx, *others = (_gemm(*operand) for operand in operands)
     for other in others:
         dx += other
-    return dx
+    return dx.to(dtype)
 
 
 def linear_wgrad(x: Tensor, x_scales: Tensor, dys: list[Tensor], dy_scales: list[Tensor], out: list[Tensor]) -> None:
     """Wgrad: out [N, K] += dy^T @ x, both requantised in 128x1 tiles over their T tokens."""
     T = x.shape[0]
-    x_values, x_tiles = requantize(x, x_scales, [T])
+    x_values, x_tiles = regroup(x, x_scales, [T])
     for dy, scales, main_grad in zip(dys, dy_scales, out, strict=True):
-        dy_values, dy_tiles = requantize(dy, scales, [T])
+        dy_values, dy_tiles = regroup(dy, scales, [T])
         _accumulate_over_tokens(main_grad, dy_values[:T], dy_tiles, x_values[:T], x_tiles)
 
 
-def grouped_linear(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, counts: list[int]) -> Tensor:
-    """Fprop of each expert's rows: x [R, K], weight [E, N, K] -> FP32 [R, N]."""
-    return _grouped_gemm(x, x_scales, widen(weight).transpose(1, 2), weight_scales.transpose(1, 2), counts)
+def grouped_linear(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    counts: list[int],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Fprop of each expert's rows: x [R, K], weight [E, N, K] -> [R, N] in `dtype`."""
+    b_EKN, b_scales = widen(weight).transpose(1, 2), weight_scales.transpose(1, 2)
+    return _grouped_gemm(x, x_scales, b_EKN, b_scales, counts).to(dtype)
 
 
-def grouped_dgrad(dy: Tensor, dy_scales: Tensor, weight: Tensor, weight_scales: Tensor, counts: list[int]) -> Tensor:
-    """Dgrad of each expert's rows: dy [R, N], weight [E, N, K] -> FP32 [R, K]."""
-    return _grouped_gemm(dy, dy_scales, widen(weight), weight_scales, counts)
+def grouped_dgrad(
+    dy: Tensor,
+    dy_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    counts: list[int],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Dgrad of each expert's rows: dy [R, N], weight [E, N, K] -> [R, K] in `dtype`."""
+    return _grouped_gemm(dy, dy_scales, widen(weight), weight_scales, counts).to(dtype)
 
 
 def grouped_wgrad(x: Tensor, x_scales: Tensor, dy: Tensor, dy_scales: Tensor, out: Tensor, counts: list[int]) -> None:
     """Wgrad of each expert: out[e] [N, K] += dy^T @ x over its rows; 128x1 tiles begin anew at every expert."""
-    x_values, x_tiles = requantize(x, x_scales, counts)
-    dy_values, dy_tiles = requantize(dy, dy_scales, counts)
+    x_values, x_tiles = regroup(x, x_scales, counts)
+    dy_values, dy_tiles = regroup(dy, dy_scales, counts)
     first = 0
     for main_grad, count in zip(out.unbind(), counts, strict=True):
         tiles = slice(first, first + -(-count // TILE))
@@ -90,25 +112,6 @@ def _grouped_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, coun
     operands = zip(widen(a).split(counts), a_scales.split(counts), b.unbind(), b_scales.unbind(), counts, strict=True)
     parts = [_gemm(*operand) for *operand, count in operands if count]
     return torch.cat(parts) if parts else torch.empty(0, b.shape[2], device=b.device)
-
-
-def requantize(codes_RC: Tensor, scales: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """1x128 tiles over columns -> 128x1 tiles over the rows of each group, which begins at a new tile.
-
-    Returns values [tiles x 128, C], meaningless beyond the last row of a group, and scales [tiles, C].
-    """
-    if lib := native.loops(codes_RC):
-        return native.requantize(lib, codes_RC, scales, counts)
-    C = codes_RC.shape[1]
-    x = (split(widen(codes_RC), ROWS) * scales.unsqueeze(-1).unsqueeze(-3)).view(-1, scales.shape[1] * TILE)[:, :C]
-    if any(count % TILE for count in counts):
-        filling = x.new_zeros(TILE, C)
-        x = torch.cat(
-            [part for rows, n in zip(x.split(counts), counts, strict=True) for part in (rows, filling[: -n % TILE])]
-        )
-    tiles = x.reshape(-1, TILE, C)
-    column_scales = tile_scales(tiles.abs().amax(1), power_of_two=False)
-    return round_to_e4m3(tiles.div_(column_scales.unsqueeze(1))).view(-1, C), column_scales
 
 
 def _accumulate_over_tokens(out_NK: Tensor, dy_TN: Tensor, dy_scales: Tensor, x_TK: Tensor, x_scales: Tensor) -> None:

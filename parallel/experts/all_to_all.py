@@ -13,15 +13,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.permute import combine_rows, gather_rows
-from parallel.experts.dispatch import Tag, Traffic, issues_once
-from parallel.experts.local import LocalLayout, host_counts, sort_by_expert
+from parallel.experts.dispatch import Limit, Tag, Traffic, issues_once, no_limit
+from parallel.experts.local import LocalLayout, host_counts, padded, sort_by_expert
 from parallel.experts.wire import Channel, decode, encode, pack, unpack
 from parallel.passes import Comm, Effect, HostSync
 
 
 @dataclass
 class FlatLayout(LocalLayout):
-    """sends, receives: rows to and from each rank of the group. arrival_R: the order that sorts what came by expert."""
+    """sends, receives: rows to and from each rank of the group. arrival_R: the order that sorts what came by expert,
+    and pads it (`padded`)."""
 
     sends: list[int]
     receives: list[int]
@@ -32,10 +33,19 @@ class AllToAll:
     """Dispatcher over an expert group; rank g of the group holds experts g*E/size up to (g+1)*E/size."""
 
     def __init__(
-        self, experts: int, group: dist.ProcessGroup, nodes: Sequence[int] | None = None, fp8: bool = False
+        self,
+        experts: int,
+        group: dist.ProcessGroup,
+        nodes: Sequence[int] | None = None,
+        fp8: bool = False,
+        align: int = 1,
+        limit: Limit = no_limit,
     ) -> None:
-        """nodes: of each rank of the group, one for all unless told. fp8: rows go to their experts in FP8."""
-        self.experts, self.size, self.fp8 = experts, group.size(), fp8
+        """nodes: of each rank of the group, one for all unless told. fp8: rows go to their experts in FP8.
+
+        align: each expert's number of rows becomes a multiple of it. limit: is told of rows that are going to arrive.
+        """
+        self.experts, self.size, self.fp8, self.align, self.limit = experts, group.size(), fp8, align, limit
         self.log: list[Tag] = []
         self.traffic = Traffic()
         self.channel = Channel(group, nodes or [0] * self.size, self.traffic)
@@ -53,39 +63,45 @@ class AllToAll:
         sends, receives, counts, arrival_R = yield from self._agree(counts_E, tag)
         layout = FlatLayout(counts, source_R, slot_TK, sends, receives, arrival_R)
         values, weights_R = encode(x_TD, self.fp8), weights_TK.flatten()[order_R]
-        leaving = pack(gather_rows(pack(*values), source_R, slot_TK), weights_R)
-        arrived = yield from self._exchange(leaving, sends, receives, tag)
-        *values, weights_R = unpack(arrived[arrival_R], [*values, weights_R])
+        rows = pack(gather_rows(pack(*values), source_R, slot_TK), weights_R)
+        rows = yield from self._exchange(rows, sends, receives, tag)
+        *values, weights_R = unpack(rows, [*values, weights_R], arrival_R)
+        del rows  # `decode` makes new ones
         return decode(values, x_TD.dtype), weights_R, layout
 
     def dispatch_backward(
         self, layout: FlatLayout, drows_RD: Tensor, dweights_R: Tensor, tag: Tag
     ) -> Generator[Effect, None, tuple[Tensor, Tensor]]:
         """Gradients of rows and weights return to the tokens' rank and are summed there."""
-        leaving = unsorted(pack(drows_RD, dweights_R), layout.arrival_R)
-        arrived = yield from self._exchange(leaving, layout.receives, layout.sends, tag)
-        drows, dweights = unpack(arrived, (drows_RD, dweights_R))
+        rows = unsorted(pack(drows_RD, dweights_R), layout.arrival_R, sum(layout.receives))
+        rows = yield from self._exchange(rows, layout.receives, layout.sends, tag)
+        drows, dweights = unpack(rows, (drows_RD, dweights_R))
         return combine_rows(drows, layout.source_R, layout.slot_TK), dweights[layout.slot_TK]
 
     def combine(self, layout: FlatLayout, rows_RD: Tensor, tag: Tag) -> Generator[Effect, None, Tensor]:
         """Rows return to the tokens' rank and are summed there."""
-        leaving = unsorted(pack(rows_RD), layout.arrival_R)
-        arrived = yield from self._exchange(leaving, layout.receives, layout.sends, tag)
-        (rows,) = unpack(arrived, [rows_RD])
+        rows = unsorted(pack(rows_RD), layout.arrival_R, sum(layout.receives))
+        rows = yield from self._exchange(rows, layout.receives, layout.sends, tag)
+        (rows,) = unpack(rows, [rows_RD])
         return combine_rows(rows, layout.source_R, layout.slot_TK)
 
     def combine_backward(self, layout: FlatLayout, dy_TD: Tensor, tag: Tag) -> Generator[Effect, None, Tensor]:
         """Gradients go where the rows had gone."""
         values = encode(dy_TD, self.fp8)
-        leaving = gather_rows(pack(*values), layout.source_R, layout.slot_TK)
-        arrived = yield from self._exchange(leaving, layout.sends, layout.receives, tag)
-        return decode(unpack(arrived[layout.arrival_R], values), dy_TD.dtype)
+        rows = gather_rows(pack(*values), layout.source_R, layout.slot_TK)
+        rows = yield from self._exchange(rows, layout.sends, layout.receives, tag)
+        values = unpack(rows, values, layout.arrival_R)
+        del rows
+        return decode(values, dy_TD.dtype)
 
     # -- communication
     def _agree(
         self, counts_E: Tensor, tag: Tag
     ) -> Generator[Effect, None, tuple[list[int], list[int], list[int], Tensor]]:
-        """Exchange row counts: (rows sent to each rank, received from each, of each local expert, arrival order)."""
+        """Exchange row counts: (rows sent to each rank, received from each, of each local expert, arrival order).
+
+        The last two with padding.
+        """
         local = self.experts // self.size
         arriving = torch.empty_like(counts_E)  # [source rank, local expert], flattened
         even = [local] * self.size
@@ -93,24 +109,33 @@ class AllToAll:
         work = self.channel.post("counts", counts_E, even, even, arriving)
         yield HostSync("counts", work)
         by_rank = arriving.view(self.size, local)
-        totals = [counts_E.view(self.size, local).sum(1), by_rank.sum(1), by_rank.sum(0)]
-        read = host_counts(torch.cat(totals))
+        arriving_E = by_rank.sum(0)
+        read = host_counts(torch.cat([counts_E.view(self.size, local).sum(1), by_rank.sum(1), arriving_E]))
         sends, receives, counts = read[: self.size], read[self.size : 2 * self.size], read[2 * self.size :]
+        self.limit(sum(receives), "receive", tag)
         expert_of_block = torch.arange(local, device=arriving.device).repeat(self.size)
         expert_R = torch.repeat_interleave(expert_of_block, arriving, output_size=sum(receives))
-        return sends, receives, counts, torch.argsort(expert_R, stable=True)
+        arrival_R, counts = padded(torch.argsort(expert_R, stable=True), arriving_E, counts, self.align)
+        return sends, receives, counts, arrival_R
 
     def _exchange(
         self, leaving: Tensor, gives: list[int], takes: list[int], tag: Tag
     ) -> Generator[Effect, None, Tensor]:
-        """Rows of bytes to and from every rank."""
-        arriving = leaving.new_empty(sum(takes), leaving.shape[1])
+        """Rows of bytes to and from every rank; a row of zeros follows what arrives."""
+        arriving = room(leaving, sum(takes), leaving.shape[1])
         self.log.append(tag)
-        work = self.channel.post(tag.operation, leaving, gives, takes, arriving)
-        yield Comm(tag.operation, work, sum(self.channel.leaving(gives, leaving.shape[1])), self.channel.group)
+        work = self.channel.post(tag.operation, leaving, gives, takes, arriving[:-1])
+        yield Comm(tag.operation, work, *self.channel.leaving(gives, leaving.shape[1]), self.channel.group)
         return arriving
 
 
-def unsorted(rows: Tensor, arrival_R: Tensor) -> Tensor:
-    """Rows sorted by expert, put back into the order in which they arrived."""
-    return torch.empty_like(rows).index_copy_(0, arrival_R, rows)
+def room(like: Tensor, rows: int, width: int) -> Tensor:
+    """Memory for rows of bytes, and a row of zeros: it stands for padding, or for what there is none of."""
+    made = like.new_empty(rows + 1, width)
+    made[-1].zero_()
+    return made
+
+
+def unsorted(rows: Tensor, arrival_R: Tensor, count: int) -> Tensor:
+    """Rows sorted by expert, put back into the order in which so many arrived; padding stays behind."""
+    return rows.new_empty(count + 1, rows.shape[1]).index_copy_(0, arrival_R, rows)[:-1]

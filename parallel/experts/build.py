@@ -2,7 +2,7 @@
 
 from parallel.errors import UserError
 from parallel.experts.all_to_all import AllToAll
-from parallel.experts.dispatch import Dispatcher
+from parallel.experts.dispatch import Dispatcher, Limit, no_limit
 from parallel.experts.hierarchical import Hierarchical
 from parallel.experts.local import LocalExperts
 from parallel.mesh import Mesh
@@ -31,14 +31,26 @@ def choose(choice: str, expert: int, node_size: int) -> str:
     return choice
 
 
-def build(choice: str, mesh: Mesh, experts: int, fp8: bool, chunks: int) -> Dispatcher:
-    """The dispatcher of this rank for layers of `experts` experts; all ranks of the world call this together."""
+def build(
+    choice: str,
+    mesh: Mesh,
+    experts: int,
+    fp8: bool = False,
+    chunks: int = 1,
+    align: int = 1,
+    limit: Limit = no_limit,
+) -> Dispatcher:
+    """The dispatcher of this rank for layers of `experts` experts; all ranks of the world call this together.
+
+    fp8: of rows on their way to experts. chunks: of `hierarchical`. align: of each expert's rows. limit: told of rows.
+    """
     choice = choose(choice, mesh.expert, min(mesh.node_size, mesh.world_size))
     if choice == "local":
-        return LocalExperts(experts)
+        return LocalExperts(experts, align)
     group = mesh.group(mesh.expert_ranks(), "all-to-all")
     if choice == "all_to_all":
-        return AllToAll(experts, group, mesh.expert_nodes(), fp8)
+        return AllToAll(experts, group, mesh.expert_nodes(), fp8, align, limit)
     mesh.connect_nodes()
     across = mesh.group(mesh.across_nodes(), "across nodes")
-    return Hierarchical(experts, group, across, mesh.group(mesh.in_node(), "in node"), chunks, fp8)
+    inside = mesh.group(mesh.in_node(), "in node")
+    return Hierarchical(experts, group, across, inside, chunks, fp8, align, limit)

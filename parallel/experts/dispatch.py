@@ -6,7 +6,7 @@ T tokens of this rank, K experts chosen by each, E experts in all, R rows that t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +26,13 @@ class Tag:
 
 
 OPERATIONS = ("counts", "dispatch", "combine", "combine.B", "dispatch.B")
+
+Limit = Callable[[int, str, Tag], None]
+"""Told how many rows a dispatch is about to "receive" or "pass on", before there is memory for them; it may raise."""
+
+
+def no_limit(rows: int, doing: str, tag: Tag) -> None:
+    """As many as come."""
 
 
 @dataclass
@@ -53,7 +60,8 @@ class Traffic:
 class Layout:
     """Where each row of one dispatch came from, so that combine and both backwards need no routing.
 
-    counts: rows of each expert of this rank, on the host. A dispatcher's own layout extends this by what it knows.
+    counts: rows of each expert of this rank, on the host, with those that pad it. A dispatcher's own layout extends
+    this by what it knows.
     """
 
     counts: list[int]
@@ -62,7 +70,9 @@ class Layout:
 class Dispatcher(Protocol):
     """Moves tokens to their experts and back. Each method is a part of a pass: it yields effects, then returns.
 
-    log: the collectives issued since whoever reads it has cleared it. traffic: what they sent, likewise.
+    The rows of an expert are padded with zeros to a multiple of what its GEMMs want; these rows travel nowhere, and
+    nobody counts them. log: the collectives issued since whoever reads it has cleared it. traffic: what they sent,
+    likewise.
     """
 
     log: list[Tag]

@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.permute import combine_forward, gather_forward
-from parallel.experts.all_to_all import unsorted
-from parallel.experts.dispatch import Layout, Tag, Traffic
-from parallel.experts.local import by_key, count, host_counts
+from parallel.experts.all_to_all import room, unsorted
+from parallel.experts.dispatch import Layout, Limit, Tag, Traffic, no_limit
+from parallel.experts.local import by_key, count, host_counts, padded
 from parallel.experts.wire import Channel, decode, encode, pack, row_bytes, unpack
 from parallel.passes import Comm, Effect, HostSync
 
@@ -47,7 +47,8 @@ class NodeLayout(Layout):
 
     Of copy p that leaves: token_P. Of token t: copy_TM, its copies in the order of nodes (P where there are fewer). Of
     chunk c: source_S, the arrived copy that each row passed on is made of, and slot_QK, the row passed on for the k-th
-    choice of each arrived copy (S where that expert is on another node). arrival_R sorts what comes by expert.
+    choice of each arrived copy (S where that expert is on another node). arrival_R sorts what comes by expert, and pads
+    it (`padded`).
     """
 
     across_out: list[list[int]]
@@ -59,6 +60,11 @@ class NodeLayout(Layout):
     arrival_R: Tensor
     source_S: list[Tensor]
     slot_QK: list[Tensor]
+
+    @property
+    def rows(self) -> int:
+        """Those that this rank's experts receive, without padding."""
+        return sum(map(sum, self.inside_in))
 
 
 Hops = Generator[Any, None, tuple[Tensor, list[tuple[Any, Tensor]]]]
@@ -75,7 +81,7 @@ class Relay:
     arrived: Tensor
 
     def __init__(self, hops: Hops, thread: ThreadPoolExecutor) -> None:
-        self._posted = thread.submit(_run, hops)
+        self._posted = thread.submit(run, hops)
 
     def wait(self) -> None:
         """Until all has arrived."""
@@ -91,7 +97,7 @@ class StreamRelay:
     def __init__(self, hops: Hops, stream: torch.cuda.Stream) -> None:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.arrived, last = _run(hops)
+            self.arrived, last = run(hops)
             for work, _ in last:
                 work.wait()
             self._done = stream.record_event()
@@ -104,7 +110,8 @@ class StreamRelay:
 
 
 @torch.no_grad()
-def _run(hops: Hops) -> tuple[Tensor, list[tuple[Any, Tensor]]]:
+def run(hops: Hops) -> tuple[Tensor, list[tuple[Any, Tensor]]]:
+    """Exhaust the hops."""
     while True:
         try:
             next(hops).wait()
@@ -123,12 +130,15 @@ class Hierarchical:
         inside: dist.ProcessGroup,
         chunks: int = 1,
         fp8: bool = False,
+        align: int = 1,
+        limit: Limit = no_limit,
     ) -> None:
         """group: all ranks. across: those at this rank's place of each node. inside: those of this rank's node.
 
-        fp8: rows go to their experts in FP8.
+        fp8: rows go to their experts in FP8. align: each expert's number of rows becomes a multiple of it. limit: is
+        told of rows that are going to arrive, or to pass through.
         """
-        self.experts, self.chunks, self.fp8 = experts, chunks, fp8
+        self.experts, self.chunks, self.fp8, self.align, self.limit = experts, chunks, fp8, align, limit
         self.nodes, self.node = across.size(), across.rank()
         self.places, self.place = inside.size(), inside.rank()
         self.in_node, self.in_rank = experts // self.nodes, experts // group.size()
@@ -172,8 +182,9 @@ class Hierarchical:
             return pack(rows.index_select(0, source_S), weights_QK.flatten()[order_S])
 
         leaving = gather_forward(pack(*values, choices_TK, weights_TK), layout.token_P)
-        arrived = yield from self._two_hops(leaving, first, pass_on, second, tag)
-        *values, weights_R = unpack(arrived[layout.arrival_R], [*values, weights_TK[:, 0]])
+        rows = yield from self._two_hops(leaving, first, pass_on, second, tag)
+        *values, weights_R = unpack(rows, [*values, weights_TK[:, 0]], layout.arrival_R)
+        del rows, leaving
         return decode(values, x_TD.dtype), weights_R, layout
 
     def combine_backward(self, layout: NodeLayout, dy_TD: Tensor, tag: Tag) -> Generator[Effect, None, Tensor]:
@@ -185,8 +196,10 @@ class Hierarchical:
             return gather_forward(copies_QB, layout.source_S[chunk])
 
         leaving = gather_forward(pack(*values), layout.token_P)
-        arrived = yield from self._two_hops(leaving, hops[0], pass_on, hops[1], tag)
-        return decode(unpack(arrived[layout.arrival_R], values), dy_TD.dtype)
+        rows = yield from self._two_hops(leaving, hops[0], pass_on, hops[1], tag)
+        values = unpack(rows, values, layout.arrival_R)
+        del rows, leaving
+        return decode(values, dy_TD.dtype)
 
     def combine(self, layout: NodeLayout, rows_RD: Tensor, tag: Tag) -> Generator[Effect, None, Tensor]:
         """A node's rows of a token are summed in the order of its choices, then the sums in the order of nodes."""
@@ -196,7 +209,7 @@ class Hierarchical:
             (rows,) = unpack(rows_SB, [rows_RD])
             return pack(combine_forward(rows, layout.slot_QK[chunk]))
 
-        leaving = unsorted(pack(rows_RD), layout.arrival_R)
+        leaving = unsorted(pack(rows_RD), layout.arrival_R, layout.rows)
         arrived = yield from self._two_hops(leaving, back(hops[0]), add_up, back(hops[1]), tag)
         (sums,) = unpack(arrived, [rows_RD])
         return combine_forward(sums, layout.copy_TM)
@@ -214,7 +227,7 @@ class Hierarchical:
             slot_QK = layout.slot_QK[chunk]
             return pack(combine_forward(drows, slot_QK), dweights[slot_QK])
 
-        leaving = unsorted(pack(*like), layout.arrival_R)
+        leaving = unsorted(pack(*like), layout.arrival_R, layout.rows)
         arrived = yield from self._two_hops(leaving, back(first), add_up, back(second), tag)
         sums, dweights = unpack(arrived, (drows_RD, dweights_TK))
         return combine_forward(sums, layout.copy_TM), combine_forward(dweights, layout.copy_TM)
@@ -251,6 +264,8 @@ class Hierarchical:
         across_out, across_in, inside_out, inside_in, (counts,) = _cut(
             read, [(C, N), (C, N), (C, L), (C, L), (1, self.in_rank)]
         )
+        self.limit(sum(counts), "receive", tag)
+        self.limit(sum(map(sum, inside_out)), "pass on", tag)
 
         P = sum(map(sum, across_out))
         order, place_NT = by_key(torch.where(reached_TN.t(), chunk_T, C))  # by chunk, node, token
@@ -261,6 +276,7 @@ class Hierarchical:
         wanted_ENLC = torch.arange(mine_NLCE.numel(), device=device).view(self.in_rank, N, L, C)
         blocks = mine_NLCE.permute(2, 1, 3, 0).flatten()
         block_R = wanted_ENLC.permute(3, 2, 0, 1).flatten().repeat_interleave(blocks, output_size=sum(counts))
+        arrival_R, counts = padded(torch.argsort(block_R, stable=True), mine_NLCE.sum((0, 1, 2)), counts, self.align)
         return NodeLayout(
             counts,
             across_out,
@@ -269,7 +285,7 @@ class Hierarchical:
             inside_in,
             order[:P] % max(T, 1),
             copy_TM,
-            torch.argsort(block_R, stable=True),
+            arrival_R,
             [],
             [],
         )
@@ -300,23 +316,18 @@ class Hierarchical:
         hops = _relay(leaving, first, between, second, tag.operation)
         relay = StreamRelay(hops, self.stream) if leaving.is_cuda else Relay(hops, self.thread)
         sent = [hop.channel.leaving(list(map(sum, zip(*hop.gives, strict=True))), hop.width) for hop in (first, second)]
-        yield Comm(tag.operation, relay, sum(map(sum, sent)), self.all.group)
+        inside, across = map(sum, zip(*sent, strict=True))
+        yield Comm(tag.operation, relay, inside, across, self.all.group)
         return relay.arrived
 
 
 def _relay(leaving: Tensor, first: Hop, between: Callable[[int, Tensor], Tensor], second: Hop, operation: str) -> Hops:
     """The hops of all chunks; see `Relay`."""
-
-    def room(rows: int, width: int) -> Tensor:
-        made = leaving.new_empty(rows + 1, width)
-        made[-1].zero_()
-        return made
-
     halfway, works = [], []
     for part, gives, takes in zip(_parts(leaving, first.gives), first.gives, first.takes, strict=True):
-        halfway.append(room(sum(takes), first.width))
+        halfway.append(room(leaving, sum(takes), first.width))
         works.append(first.channel.post(operation, part, gives, takes, halfway[-1][:-1]))
-    arrived = room(sum(map(sum, second.takes)), second.width)
+    arrived = room(leaving, sum(map(sum, second.takes)), second.width)
     rest = []
     for chunk, part in enumerate(_parts(arrived[:-1], second.takes)):
         yield works[chunk]

@@ -42,7 +42,7 @@ def _walk(kind: str, stage: int, mb: int, visits: Sequence[Exchange], issues: Is
     for name, layer in visits if kind == "F" else reversed(visits):
         operation = name if kind == "F" else f"{name}.B"
         log.extend(Tag(each, stage, mb, layer) for each in issues(operation))
-        yield Comm(operation, Nothing(), 0, None)
+        yield Comm(operation, Nothing(), 0, 0, None)
 
 
 def digest(log: Iterable[Tag]) -> str:

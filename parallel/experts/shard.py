@@ -1,34 +1,41 @@
 """A stacked expert parameter of which this rank holds consecutive experts."""
 
-from typing import Self
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
-class ExpertShard(nn.Parameter):
-    """Experts `first` .. `first + len - 1` of a global parameter [experts, ...]: one rank's share."""
+@dataclass(frozen=True)
+class Share:
+    """Which part of a global parameter [experts, ...] a rank holds: from expert `first` on, as many as it has."""
 
     first: int
     experts: int
 
-    def __new__(cls, data: Tensor, first: int, experts: int) -> Self:
-        """data: [local experts, ...]."""
-        made = torch.Tensor._make_subclass(cls, data, True)
-        made.first, made.experts = first, experts
-        return made
 
-    @property
-    def global_shape(self) -> tuple[int, ...]:
-        """Shape of the whole parameter."""
-        return self.experts, *self.shape[1:]
+def expert_shard(data: Tensor, first: int, experts: int) -> nn.Parameter:
+    """Experts `first` .. `first + len - 1` of a global parameter [experts, ...]; data: [local experts, ...]."""
+    parameter: Any = nn.Parameter(data)
+    parameter.share = Share(first, experts)
+    return parameter
 
-    @property
-    def global_numel(self) -> int:
-        """Elements of the whole parameter."""
-        return self.experts * self[0].numel()
 
-    @property
-    def global_offset(self) -> int:
-        """Where this share begins in the flattened whole."""
-        return self.first * self[0].numel()
+def share_of(parameter: Tensor) -> Share | None:
+    """The share that a parameter is; None for one that every rank holds whole."""
+    return getattr(parameter, "share", None)
+
+
+def global_span(parameter: Tensor) -> tuple[int, int]:
+    """(where it begins, how long it is) in elements of the flattened global parameter."""
+    share = share_of(parameter)
+    if share is None:
+        return 0, parameter.numel()
+    each = parameter[0].numel()
+    return share.first * each, share.experts * each
+
+
+def global_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of the whole parameter."""
+    share = share_of(parameter)
+    return tuple(parameter.shape) if share is None else (share.experts, *parameter.shape[1:])

@@ -26,14 +26,15 @@ def pack(*tensors: Tensor) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
-def unpack(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors that `pack` put together, of the dtypes and widths of those in `like`."""
-    pieces = [rows]
-    if len(like) > 1:  # cloned: of one row or none, `contiguous` would keep an offset that no wider dtype can view
-        sizes = [row_bytes(tensor) for tensor in like]
-        pieces = [piece.clone(memory_format=torch.contiguous_format) for piece in rows.split(sizes, 1)]
+def unpack(rows: Tensor, like: Sequence[Tensor], order: Tensor | None = None) -> list[Tensor]:
+    """The tensors that `pack` put together, of the dtypes and widths of those in `like`; `order` picks rows."""
+    pieces = list(rows.split([row_bytes(tensor) for tensor in like], 1))
+    if order is not None:
+        pieces = [piece.index_select(0, order) for piece in pieces]
+    elif len(like) > 1:  # cloned: of one row or none, `contiguous` would keep an offset that no wider dtype can view
+        pieces = [piece.clone(memory_format=torch.contiguous_format) for piece in pieces]
     return [
-        piece.view(tensor.dtype).view(len(rows), *tensor.shape[1:]) for piece, tensor in zip(pieces, like, strict=True)
+        piece.view(tensor.dtype).view(len(piece), *tensor.shape[1:]) for piece, tensor in zip(pieces, like, strict=True)
     ]
 
 

@@ -2,8 +2,9 @@
 
 Eight processes stand for 4 nodes of 2 ranks. Their exchanges really happen, and besides take the time of two links of
 each rank, a fast one inside the node and a slow one across, which carry one exchange at a time and take no CPU. Timed
-are a MoE layer's dispatch and combine and their backwards, without any compute, for tokens that the router sends to 4
-experts in 2 of the 4 nodes.
+are a MoE layer's dispatch and combine and their backwards, for tokens that the router sends to 4 experts in 2 of the 4
+nodes: without any compute, and with the experts' own. Beside the second stands what the first predicts: nothing
+overlaps in a layer that is alone, so its time is that of communication and compute together.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 # Before torch is imported, and inherited by the workers: threads that spin would time each other.
@@ -22,13 +24,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.linear import Numerics
+from kernels.linear import Numerics, attach_main_grads
 from parallel.experts import Dispatcher, Tag, build
 from parallel.mesh import Mesh
 from parallel.passes import Pass, merge
 from tests.benchmarks.overlap import Carried, Link
 from tests.workers import Pool
 from train.model.config import ModelConfig
+from train.model.moe import Experts
 from train.model.router import Router
 
 RANKS, NODE = 8, 2
@@ -86,12 +89,47 @@ class Slow:
 
 
 # ---------------------------------------------------------------- the layer
-def layer(dispatcher: Dispatcher, x: Tensor, weights: Tensor, experts: Tensor) -> Pass:
-    """Forward and backward of a MoE layer that computes nothing."""
-    rows, row_weights, layout = yield from dispatcher.dispatch(x, weights, experts, Tag("dispatch", 0, 0, 0))
-    y = yield from dispatcher.combine(layout, rows, Tag("combine", 0, 0, 0))
-    drows = yield from dispatcher.combine_backward(layout, y, Tag("combine.B", 0, 0, 0))
-    yield from dispatcher.dispatch_backward(layout, drows, row_weights, Tag("dispatch.B", 0, 0, 0))
+class NoExperts:
+    """Experts that compute nothing."""
+
+    def forward(self, rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+        self.weights = weights
+        return rows
+
+    def backward(self, dout: Tensor) -> tuple[Tensor, Tensor]:
+        return dout, self.weights
+
+
+class Computing:
+    """A rank's experts, with their weight gradients."""
+
+    def __init__(self, first: int, local: int, inner: int) -> None:
+        self.numerics = Numerics("bf16")
+        self.experts = Experts(replace(MODEL, moe_intermediate_size=inner), self.numerics, first, local)
+        for parameter in self.experts.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        attach_main_grads(self.experts, torch.float32)
+
+    def forward(self, rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+        self.inputs = rows.detach().requires_grad_(), weights.detach().requires_grad_()
+        self.out = self.experts(*self.inputs, counts)
+        return self.out.detach()
+
+    def backward(self, dout: Tensor) -> tuple[Tensor, Tensor]:
+        self.out.backward(dout)
+        self.numerics.weight_grads.run()
+        rows, weights = (each.grad for each in self.inputs)
+        assert rows is not None and weights is not None
+        return rows, weights
+
+
+def layer(dispatcher: Dispatcher, x: Tensor, weights: Tensor, chosen: Tensor, experts: "NoExperts | Computing") -> Pass:
+    """Forward and backward of a MoE layer."""
+    rows, row_weights, layout = yield from dispatcher.dispatch(x, weights, chosen, Tag("dispatch", 0, 0, 0))
+    out = experts.forward(rows, row_weights, layout.counts)
+    y = yield from dispatcher.combine(layout, out, Tag("combine", 0, 0, 0))
+    dout = yield from dispatcher.combine_backward(layout, y, Tag("combine.B", 0, 0, 0))
+    yield from dispatcher.dispatch_backward(layout, *experts.backward(dout), Tag("dispatch.B", 0, 0, 0))
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -103,11 +141,27 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure(tokens: int, chunks: int, seconds: float, rounds: int) -> dict[str, Any]:
-    """For each dispatcher: seconds of a layer over the links, and GB sent; and the seconds without links.
+@dataclass
+class Found:
+    """Seconds of a layer over the links and without them, and bytes sent inside nodes and across, of one rank.
 
-    seconds: what one exchange of a flat dispatch takes on the link across.
+    whole, free_whole: with the experts' compute.
     """
+
+    times: list[float]
+    free: float
+    sent: list[int]
+    whole: list[float]
+    free_whole: float
+
+    @property
+    def communication(self) -> float:
+        """Without compute."""
+        return statistics.median(self.times)
+
+
+def measure(tokens: int, chunks: int, seconds: float, rounds: int, inner: int) -> dict[str, Found]:
+    """By dispatcher. seconds: of one exchange of a flat dispatch on the link across. inner: width of an expert."""
     mesh = Mesh(1, RANKS, 1, RANKS, dist.get_rank(), NODE)
     mesh.connect()
     generator = torch.Generator().manual_seed(mesh.rank)
@@ -115,10 +169,12 @@ def measure(tokens: int, chunks: int, seconds: float, rounds: int) -> dict[str, 
     torch.nn.init.normal_(router.weight, std=0.05, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         x = torch.randn(tokens, MODEL.hidden_size, generator=generator)
-        weights, _, experts = router(x)
+        weights, _, chosen = router(x)
+    local = MODEL.n_routed_experts // RANKS
+    computing = Computing(mesh.rank * local, local, inner)
     away = MODEL.num_experts_per_tok * (1 - NODE / RANKS)  # experts of a token that are on other nodes, on average
     links = Links(seconds / (tokens * away * 2 * MODEL.hidden_size))
-    found: dict[str, Any] = {}
+    found: dict[str, Found] = {}
     for name, choice, parts, fp8 in (
         ("all_to_all", "all_to_all", 1, False),
         ("hierarchical", "hierarchical", 1, False),
@@ -128,16 +184,19 @@ def measure(tokens: int, chunks: int, seconds: float, rounds: int) -> dict[str, 
     ):
         dispatcher = build(choice, mesh, MODEL.n_routed_experts, fp8, parts)
 
-        def run(dispatcher: Dispatcher = dispatcher) -> None:
-            merge(layer(dispatcher, x.bfloat16(), weights, experts))
+        def run(experts: NoExperts | Computing, dispatcher: Dispatcher = dispatcher) -> None:
+            merge(layer(dispatcher, x.bfloat16(), weights, chosen, experts))
 
-        run()
+        moving, whole = partial(run, NoExperts()), partial(run, computing)
+        for each in (moving, whole):
+            each()
         dispatcher.traffic.clear()
-        free = timed(run)
+        free = timed(moving)
         sent = [sum(kind.values()) for kind in (dispatcher.traffic.inside, dispatcher.traffic.across)]
+        free_whole = statistics.median(timed(whole) for _ in range(rounds))
         with links.throttled():
-            times = [timed(run) for _ in range(rounds)]
-        found[name] = times, free, sent
+            times = [[timed(each) for each in (moving, whole)] for _ in range(rounds)]
+        found[name] = Found([each[0] for each in times], free, sent, [each[1] for each in times], free_whole)
     return found
 
 
@@ -147,20 +206,28 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=1.0, help="of one flat exchange on the slow link")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--inner", type=int, default=512, help="width of an expert")
     options = parser.parse_args()
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
     pool = Pool(RANKS)
-    arguments = options.tokens, options.chunks, options.seconds, options.rounds
+    arguments = options.tokens, options.chunks, options.seconds, options.rounds, options.inner
     ranks = pool.run(measure, *arguments, timeout=600)
     pool.close()
-    flat = statistics.median(ranks[0]["all_to_all"][0])
+    flat = ranks[0]["all_to_all"]
     print("| dispatcher | communication of a layer | over flat | without links | MB inside nodes | MB across |")
     print("|---|---|---|---|---|---|")
-    for name in ranks[0]:
-        times, free, _ = ranks[0][name]
-        inside, across = (sum(rank[name][2][i] for rank in ranks) / 1e6 for i in (0, 1))
-        middle = statistics.median(times)
-        print(f"| {name} | {middle:.2f} s | {middle / flat:.3f} | {free:.2f} s | {inside:.2f} | {across:.2f} |")
+    for name, found in ranks[0].items():
+        inside, across = (sum(rank[name].sent[i] for rank in ranks) / 1e6 for i in (0, 1))
+        times = f"{found.communication:.2f} s | {found.communication / flat.communication:.3f} | {found.free:.2f} s"
+        print(f"| {name} | {times} | {inside:.2f} | {across:.2f} |")
+    compute = statistics.median(found.free_whole - found.free for found in ranks[0].values())
+    print(f"\nThe experts' compute takes {compute:.2f} s of a layer.\n")
+    print("| dispatcher | layer, forward and backward | over flat | predicted |")
+    print("|---|---|---|---|")
+    for name, found in ranks[0].items():
+        whole, whole_flat = statistics.median(found.whole), statistics.median(flat.whole)
+        predicted = (found.communication + compute) / (flat.communication + compute)
+        print(f"| {name} | {whole:.2f} s | {whole / whole_flat:.3f} | {predicted:.3f} |")
 
 
 if __name__ == "__main__":

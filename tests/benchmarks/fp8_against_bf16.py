@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.benchmarks.one_process import Batches, OneProcess, recipe_of, start_world_of_one
+from tests.benchmarks.one_process import Batches, OneProcess, recipe_of, start_world_of_one, stretched
 from train.recipe import Recipe
 
 KINDS = {
@@ -32,15 +32,8 @@ LAST = 100  # steps whose mean loss is compared
 
 
 def recipe_for(kind: str, seed: int, steps: int) -> Recipe:
-    """The recipe of a run, with the learning rate's schedule stretched to `steps`."""
-    recipe = recipe_of(*KINDS[kind], f"train.seed={seed}")
-    assert recipe.train.steps
-    lr, stretch = recipe.optim.lr, steps / recipe.train.steps
-    lr.warmup_tokens, lr.constant_until, lr.cosine_tokens = (
-        tokens * stretch for tokens in (lr.warmup_tokens, lr.constant_until, lr.cosine_tokens)
-    )
-    recipe.train.steps = steps
-    return recipe.validate()
+    """The recipe of a run."""
+    return stretched(recipe_of(*KINDS[kind], f"train.seed={seed}"), steps)
 
 
 def train(kind: str, seed: int, steps: int, batches: Batches) -> dict[str, Any]:

@@ -31,6 +31,17 @@ def recipe_of(*overrides: str) -> Recipe:
     return compose(["recipe=tiny", *LAYOUT, *overrides])
 
 
+def stretched(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with `steps` steps, and the learning rate's schedule stretched to them."""
+    assert recipe.train.steps
+    lr, stretch = recipe.optim.lr, steps / recipe.train.steps
+    lr.warmup_tokens, lr.constant_until, lr.cosine_tokens = (
+        tokens * stretch for tokens in (lr.warmup_tokens, lr.constant_until, lr.cosine_tokens)
+    )
+    recipe.train.steps = steps
+    return recipe.validate()
+
+
 class Batches:
     """Batches of the recipe's training rows by step. The rows are those of the recipe's seed, whatever the order's."""
 

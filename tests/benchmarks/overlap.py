@@ -103,7 +103,7 @@ class FarExperts(LocalExperts):
     def _turn(self, tag: Tag) -> Comm:
         routing = 4 if tag.operation.startswith("dispatch") else 0  # a weight, or its gradient, travels with the row
         size = self.leaving * (self.row_bytes + routing)
-        return Comm(tag.operation, self.link.post(size), size, None)
+        return Comm(tag.operation, self.link.post(size), size, 0, None)
 
 
 # ---------------------------------------------------------------- what the run says about itself
@@ -193,7 +193,7 @@ class Clock:
         work = Arrives(self, self.busy_until)
         if self.serial:
             work.wait()
-        return Comm(name, work, 0, None)
+        return Comm(name, work, 0, 0, None)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class StandIn(LocalExperts):
 
     def _turn(self, tag) -> Comm:
         super()._turn(tag)
-        return Comm(tag.operation, OnAStream(self.stream), 1, None)
+        return Comm(tag.operation, OnAStream(self.stream), 1, 0, None)
 
 
 class WithAPair(Engine):

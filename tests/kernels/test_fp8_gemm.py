@@ -14,6 +14,7 @@ from kernels.fp8 import (
     fp8_linear,
     fp8_linear_dgrad,
     fp8_linear_wgrad,
+    fp8_requantize,
 )
 from tests.kernels import numpy_fp8
 
@@ -28,10 +29,12 @@ def assert_fp32_close(result: torch.Tensor, a: np.ndarray, b: np.ndarray) -> Non
     assert (np.abs(result.double().numpy() - a @ b) <= bound + 1e-30).all()
 
 
-def quantised(generator: torch.Generator, *shape: int, tile: tuple[int, int] = ROWS) -> tuple[tuple, np.ndarray]:
+def quantised(
+    generator: torch.Generator, *shape: int, tile: tuple[int, int] = ROWS, power_of_two: bool = False
+) -> tuple[tuple, np.ndarray]:
     """A random matrix as (codes, scales), and what it means in FP64."""
     x = torch.randn(shape, generator=generator) * torch.logspace(-2, 2, shape[-1])
-    codes, scales = formats.quantize(x, tile)
+    codes, scales = formats.quantize(x, tile, power_of_two)
     if len(shape) == 2:
         return (codes, scales), numpy_fp8.dequantize(codes.view(torch.uint8).numpy(), scales.numpy(), *tile)
     pairs = zip(codes.view(torch.uint8).numpy(), scales.numpy(), strict=True)
@@ -43,10 +46,11 @@ def columns(pair: tuple[torch.Tensor, torch.Tensor], rows: slice = slice(None)) 
     return numpy_fp8.to_columns(codes.view(torch.uint8).numpy()[rows], scales.numpy()[rows])
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize(("M", "K", "widths"), [(256, 256, (128, 160)), (1, 128, (1,)), (77, 300, (40, 257, 128))])
-def test_linear_gemms_equal_fp64(M, K, widths):
+def test_linear_gemms_equal_fp64(M, K, widths, power_of_two):
     g = torch.Generator().manual_seed(M)
-    x, x_64 = quantised(g, M, K)
+    x, x_64 = quantised(g, M, K, power_of_two=power_of_two)
     weights, weights_64 = zip(*(quantised(g, N, K, tile=BLOCKS) for N in widths), strict=True)
     dys, dys_64 = zip(*(quantised(g, M, N) for N in widths), strict=True)
     w_codes, w_scales = map(list, zip(*weights, strict=True))
@@ -86,6 +90,17 @@ def test_grouped_gemms_equal_fp64_and_tiles_begin_anew_at_every_expert(counts):
         assert_fp32_close(y[rows], x_64[rows], w_64[e].T)
         assert_fp32_close(dx[rows], dy_64[rows], w_64[e])
         assert_fp32_close(main_grad[e], columns(dy, rows).T, columns(x, rows))
+
+
+def test_weight_gradients_read_what_requantising_gives():
+    g = torch.Generator().manual_seed(0)
+    counts = [100, 0, 160]
+    (x, _), (dy, _) = quantised(g, 260, 192, power_of_two=True), quantised(g, 260, 136)
+    main_grad = torch.zeros(3, 136, 192)
+    fp8_grouped_wgrad(*x, *dy, main_grad, counts, REFERENCE)
+    x_64, dy_64 = (formats.dequantize(*fp8_requantize(*each, counts), ROWS).double().numpy() for each in (x, dy))
+    for e, rows in enumerate((slice(0, 128), slice(0, 0), slice(128, 384))):
+        assert_fp32_close(main_grad[e], dy_64[:, rows], x_64[:, rows].T)
 
 
 def test_widened_weights_give_the_same_bits_as_codes():

@@ -304,5 +304,5 @@ def test_gains_move_their_gradients_into_main_grad():
 def test_unknown_precisions_and_backends_are_named():
     with pytest.raises(ValueError, match=r"'fp7'.*fp8, bf16, fp32, fp64"):
         Numerics("fp7")
-    with pytest.raises(ValueError, match=r"'cublas'.*reference"):
-        Numerics("fp8", backend="cublas")
+    with pytest.raises(ValueError, match=r"'cutlass'.*auto, reference"):
+        Numerics("fp8", backend="cutlass")

@@ -5,7 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.fp8 import BLOCKS, ROWS, formats
+from kernels import attention, cross_entropy, rope  # noqa: F401 - for their operators
+from kernels.fp8 import BLOCKS, ROWS, e5m6, formats
 from kernels.linear import Numerics, grouped_linear, linear
 from kernels.norm import rms_norm
 from kernels.ops import costs
@@ -36,6 +37,9 @@ def calls() -> dict[str, tuple]:
         "grouped_accumulate_mm": (torch.zeros(E, N, K), dy, x, COUNTS),
         "fp8_quantize": (x, list(ROWS), True),
         "fp8_dequantize": (*xq, list(ROWS), bfloat16),
+        "fp8_requantize": (*dyq, COUNTS),
+        "e5m6_quantize": (x, True),
+        "e5m6_dequantize": (*e5m6.quantize(x), K, bfloat16),
         "fp8_prepare_weight": (wq[0], reference),
         "fp8_linear": (*xq, [wq[0]], [wq[1]], bfloat16, reference),
         "fp8_linear_dgrad": ([dyq[0]], [dyq[1]], [wq[0]], [wq[1]], bfloat16, reference),
@@ -54,7 +58,7 @@ def calls() -> dict[str, tuple]:
         "cross_entropy_forward": (dy.float(), torch.arange(M)),
         "cross_entropy_backward": (dy.float(), torch.arange(M), torch.tensor(0.5)),
         "causal_attention_forward": (*heads, 0.5),
-        "causal_attention_backward": (bf16(2, M, 3, 4), *heads, 0.5),
+        "causal_attention_backward": (bf16(2, M, 3, 4), bf16(2, M, 3, 4), *heads, 0.5),
     }
 
 

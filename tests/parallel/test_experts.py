@@ -5,13 +5,15 @@ definition, token by token. T tokens of a rank, K chosen experts, R rows, D widt
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.experts import AllToAll, LocalExperts, Tag
-from parallel.experts.shard import ExpertShard
+from parallel.experts import AllToAll, LocalExperts, Tag, build
+from parallel.experts.shard import expert_shard, global_shape, global_span
+from parallel.mesh import Mesh
 from parallel.passes import Comm
 
 EXPERTS, CHOSEN, WIDTH = 8, 3, 5
@@ -102,6 +104,53 @@ def test_all_to_all_is_the_local_permutation_of_all_tokens(workers, ranks, case,
         assert results["y"].dtype == dtype and results["dweights"].dtype == torch.float32
 
 
+# ---------------------------------------------------------------- padding
+def padded_to(align, rows, counts):
+    """Each expert's rows, then zeros up to a multiple of `align`."""
+    parts = [(part, part.new_zeros(-len(part) % align, *part.shape[1:])) for part in rows.split(counts)]
+    return torch.cat([piece for pair in parts for piece in pair])
+
+
+def check_padding(align, plain, filled):
+    """The same but for rows of zeros after each expert's; what returns to the tokens knows nothing of them."""
+    (expected, counts, sent), (results, padded_counts, sent_too) = plain, filled
+    assert padded_counts == [-(-count // align) * align for count in counts]
+    for name, value in expected.items():
+        padded = name in ("rows", "weights", "drows")
+        assert torch.equal(results[name], padded_to(align, value, counts) if padded else value), name
+    assert sent == sent_too, "padding does not travel"
+
+
+def with_and_without(align, dispatcher, own):
+    """Results, counts and bytes in flight of `dispatcher(1)` and `dispatcher(align)`."""
+    found = [every_direction(dispatcher(each), own) for each in (1, align)]
+    return [(results, counts, [getattr(each, "bytes", 0) for each in effects]) for results, counts, effects in found]
+
+
+@pytest.mark.parametrize("align", [3, 16])
+@pytest.mark.parametrize("case", CASES)
+def test_padding_of_the_local_permutation(case, align):
+    own = end_to_end(tokens(case, 2, torch.float32))
+    check_padding(align, *with_and_without(align, partial(LocalExperts, EXPERTS), own))
+
+
+def through_both(align, fp8):
+    """Each dispatcher and case on this rank of two nodes."""
+    size = dist.get_world_size()
+    mesh = Mesh(1, size, 1, size, dist.get_rank(), size // 2)
+    mesh.connect()
+    made = {choice: partial(build, choice, mesh, EXPERTS, fp8, 2) for choice in ("all_to_all", "hierarchical")}
+    of_case = {case: tokens(case, size, torch.bfloat16 if fp8 else torch.float32)[mesh.rank] for case in CASES}
+    return [with_and_without(align, each, own) for each in made.values() for own in of_case.values()]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_padding_of_what_has_travelled(workers, fp8):
+    for part in workers(4).run(through_both, 16, fp8):
+        for pair in part:
+            check_padding(16, *pair)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_in_flight_is_said(workers, case):
     """Every rank yields the same effects in the same order, also if it has nothing to send."""
@@ -148,7 +197,8 @@ def test_the_local_permutation_is_the_definition(case):
 
 def test_a_share_of_experts_knows_its_place_in_the_whole():
     whole = torch.randn(8, 3, 2)
-    share = ExpertShard(whole[4:6].clone(), 4, 8)
+    share = expert_shard(whole[4:6].clone(), 4, 8)
     assert isinstance(share, torch.nn.Parameter) and share.requires_grad
-    assert share.global_shape == whole.shape and share.global_numel == whole.numel()
-    assert torch.equal(whole.flatten()[share.global_offset :][: share.numel()], share.detach().flatten())
+    start, total = global_span(share)
+    assert global_shape(share) == whole.shape and total == whole.numel()
+    assert torch.equal(whole.flatten()[start:][: share.numel()], share.detach().flatten())

@@ -97,7 +97,8 @@ def through(cases, nodes, chunks, dtype, fp8=False, choice="hierarchical", width
         dispatcher.log.clear()
         dispatcher.traffic.clear()
         results, counts, effects = every_direction(dispatcher, own)
-        said = [(type(each).__name__, each.name, getattr(each, "bytes", None)) for each in effects]
+        sizes = [(getattr(each, "bytes", None), getattr(each, "across", None)) for each in effects]
+        said = [(type(each).__name__, each.name, *size) for each, size in zip(effects, sizes, strict=True)]
         sent = dict(dispatcher.traffic.inside), dict(dispatcher.traffic.across)
         found[case] = results, counts, said, list(dispatcher.log), sent
     return found
@@ -194,7 +195,9 @@ def test_bytes_are_the_least_possible_and_counted_where_they_are_sent(workers, c
             assert inside["dispatch"] == handed[rank] * (row + weight)
             assert inside["combine_backward"] == handed[rank] * row
             [counts] = [said for said in parts[rank][case][2] if said[1] == "dispatch"]
-            assert counts[2] == inside["dispatch"] + across["dispatch"], "a Comm says what leaves the rank"
+            assert counts[2:] == (inside["dispatch"] + across["dispatch"], across["dispatch"]), (
+                "a Comm says what leaves"
+            )
         assert sum(each["combine"] for each in sums) == sum(pairs) * row, "each partial sum crosses once"
         assert sum(each["dispatch_backward"] for each in sums) == sum(pairs) * (row + chosen * weight)
 

@@ -1,6 +1,8 @@
 """Where ranks sit, and that the groups made of them hold who they should."""
 
 from dataclasses import replace
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, communicator_options
 
 
 def world(pipeline, data, context, expert, node_size=8):
@@ -121,3 +123,39 @@ def members(pipeline, data, expert):
 )
 def test_groups_reach_their_members(workers, layout, expected):
     assert workers(4).run(members, *layout) == expected
+
+
+# ---------------------------------------------------------------- SMs
+class NCCL:
+    """What torch has where it has NCCL."""
+
+    class Options:
+        def __init__(self):
+            self.config = SimpleNamespace(min_ctas=None, max_ctas=None)
+            self._timeout = None
+
+
+def test_every_group_gets_its_share_of_the_gpu_where_nccl_carries_it(monkeypatch):
+    made = []
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", NCCL, raising=False)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "new_group", lambda ranks, **options: made.append(options))
+    mesh = Mesh(2, 2, 1, 2, 0, 1, timedelta(seconds=7), comm_sms=20)
+    mesh.connect()
+    mesh.connect_nodes()
+    assert len(made) == 2 + 2 * 2 + 4 + 2
+    assert [each["pg_options"].config.max_ctas for each in made] == [20] * len(made)
+    assert {each["pg_options"].config.min_ctas for each in made} == {None}, "NCCL's own"
+    assert {each["pg_options"]._timeout for each in made} == {each["timeout"] for each in made} == {mesh.timeout}
+    assert len({id(each["pg_options"]) for each in made}) == len(made), "torch writes the group's name into them"
+
+
+@pytest.mark.parametrize(("backend", "sms"), [("gloo", 20), ("nccl", None)])
+def test_other_groups_get_no_options(backend, sms):
+    assert communicator_options(backend, sms) is None
+
+
+@pytest.mark.skipif(not dist.is_nccl_available(), reason="this torch has no NCCL")
+def test_torch_takes_the_number_of_sms():
+    options = communicator_options("nccl", 20, timedelta(seconds=7))
+    assert options.config.max_ctas == 20 and options._timeout == timedelta(seconds=7)

@@ -62,7 +62,7 @@ class Wire:
 
     def send(self, direction, value):
         work = Work(self.journal, self.name, direction)
-        yield Comm(self.name, work, 0, None)
+        yield Comm(self.name, work, 0, 0, None)
         return value.clone()
 
 
@@ -239,7 +239,7 @@ def test_a_communication_that_failed_does_not_hide_the_cause():
             raise RuntimeError("connection closed by peer")
 
     def sends():
-        yield Comm("dispatch", Broken(), 0, None)
+        yield Comm("dispatch", Broken(), 0, 0, None)
 
     def fails():
         yield Compute("attention", 0)

@@ -48,10 +48,10 @@ class Turn:
     name, layer, reads, writes = "turn", 0, (), ()
 
     def forward(self, values, batch, stage):
-        yield Comm("turn", Nothing(), 0, None)
+        yield Comm("turn", Nothing(), 0, 0, None)
 
     def backward(self, record, grads, batch, stage):
-        yield Comm("turn.B", Nothing(), 0, None)
+        yield Comm("turn.B", Nothing(), 0, 0, None)
 
 
 class Kept(torch.autograd.Function):

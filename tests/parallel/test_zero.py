@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-from parallel.experts.shard import ExpertShard
+from parallel.experts.shard import expert_shard
 from parallel.zero import Bucket, ZeRO1
 from train.optim import AdamW16
 
@@ -64,7 +64,7 @@ def build(dtype, moments):
                 whole = initial(name, dtype)
                 part = slice(shard * len(whole) // len(places), (shard + 1) * len(whole) // len(places))
                 value = whole[part].clone()
-                parameter = ExpertShard(value, part.start, 4) if kind == "experts" else torch.nn.Parameter(value)
+                parameter = expert_shard(value, part.start, 4) if kind == "experts" else torch.nn.Parameter(value)
                 buckets[ranks, kind].parameters[name] = parameter
                 held[name] = parameter, part, ranks.index(rank)
     mine = [bucket for bucket in buckets.values() if rank in bucket.ranks]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.experts.shard import ExpertShard
+from parallel.experts.shard import share_of
 from train.engine import Engine
 from train.model.config import ModelConfig
 from train.recipe import Recipe
@@ -65,7 +65,8 @@ def globally(engine: Engine, value) -> dict[tuple[str, int], torch.Tensor]:
     found = {}
     for bucket in engine.buckets:
         for name, parameter in bucket.parameters.items():
-            first = parameter.first if isinstance(parameter, ExpertShard) else 0
+            share = share_of(parameter)
+            first = share.first if share else 0
             found[name, first] = value(parameter, bucket)
     return found
 

@@ -35,7 +35,8 @@ class Run:
 
 def traced(folder: str | None) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """Three steps of the small recipe and an evaluation between them: (shares, losses and gradient norm) of each."""
-    recipe, device = small_recipe(LAYOUTS["dualpipe 2, data 2, expert 2"], "fp32"), torch.device("cpu")
+    layout = LAYOUTS["dualpipe 2, data 2, expert 2"] | {"node_size": 1, "dispatch": "all_to_all"}
+    recipe, device = small_recipe(layout, "fp32"), torch.device("cpu")
     trace = Recorder(device, pipelines=2, directory=Path(folder), skip=1, keep=2) if folder else OFF
     engine = Engine(recipe, device, trace)
     measured, seen = [], []
@@ -144,6 +145,7 @@ def test_waits_for_experts_lie_in_instructions_and_each_exchange_is_waited_for_o
         posted = of(trace, "experts")
         assert sorted(rows) == sorted(f"wait for {event['name']}" for event in posted)
         assert all(event["args"]["bytes"] > 0 and event["dur"] > 0 for event in posted)
+        assert all(event["args"]["across"] == event["args"]["bytes"] for event in posted), "each rank is a node"
         received = [event for event in waits if event["name"] == "wait for receive"]
         assert all(any(within(event, each) for each in instructions) for event in received)
 

@@ -4,8 +4,11 @@ Runs are small (the layout tests' widths, 8 sequences of 32 tokens) and read wef
 from a command line runs in the pool of workers.
 """
 
+import contextlib
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,6 +93,7 @@ def fit(words: list[str]) -> None:
 # ---------------------------------------------------------------- start, end, start again
 def test_a_run_resumed_after_sigkill_is_bitwise_the_uninterrupted_one(workers, corpus, tmp_path):
     words = [*corpus, "train.steps=8", "checkpoint.every=3", f"run.dir={tmp_path}"]
+    words += ["log.bias_every=1", "log.load_every=3"]
     workers(4).run(fit, [*words, "run.name=whole"], timeout=300)
     words.append("run.name=killed")
 
@@ -106,7 +110,17 @@ def test_a_run_resumed_after_sigkill_is_bitwise_the_uninterrupted_one(workers, c
     finish(WEFT, [*words, "checkpoint.resume=auto", "trace=on"])  # which changes nothing of what is computed
     assert before == course(tmp_path / "whole")[: len(before)], "the same as in the pool, until it was killed"
     assert course(tmp_path / "killed") == course(tmp_path / "whole"), "and the same to the end"
-    assert records(tmp_path / "killed", "evaluations.jsonl") == records(tmp_path / "whole", "evaluations.jsonl")
+    for file in ("evaluations.jsonl", "load.jsonl"):
+        assert records(tmp_path / "killed", file) == records(tmp_path / "whole", file)
+    for each in records(tmp_path / "whole"):
+        by_exchange = each["expert_bytes_inside"]
+        assert by_exchange.keys() == {"counts", "dispatch", "combine", "combine.B", "dispatch.B"}
+        assert sum(by_exchange.values()) == pytest.approx(each["expert_gb_inside"] * 1e9)
+        assert not any(each["expert_bytes_across"].values()), "one machine"
+    assert [each["steps"] for each in records(tmp_path / "whole", "load.jsonl")] == [3, 3, 2]
+    assert (tmp_path / "killed/pictures/load.svg").exists()
+    biases = [[each["router_bias"] for each in records(tmp_path / run)] for run in ("killed", "whole")]
+    assert biases[0] == biases[1] and biases[0][2] != biases[0][3], "also where it was resumed, after step 3 or 6"
     assert {path.name for path in (tmp_path / "killed/traces").iterdir()} == {
         f"rank-0000{rank}.json" for rank in range(4)
     }
@@ -130,6 +144,36 @@ def test_torchrun_does_the_same_as_weft_train(corpus, tmp_path):
     assert len(course(tmp_path / "weft")) == 2
     assert course(tmp_path / "weft") == course(tmp_path / "torchrun")
     assert records(tmp_path / "weft", "evaluations.jsonl") == records(tmp_path / "torchrun", "evaluations.jsonl")
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "hierarchical"])
+def test_more_rows_than_the_memory_plan_allows_end_the_run_with_one_message(corpus, tmp_path, dispatch):
+    """No router is balanced to the row: one of four ranks receives more, and the others do not wait for it."""
+    words = [*corpus, f"parallel.dispatch={dispatch}", "parallel.node_size=1", "parallel.max_rows_factor=1.0"]
+    process = start(WEFT, [*words, f"run.dir={tmp_path}", "run.name=full"])
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2, err
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("weft:")]
+    assert re.fullmatch(
+        r"weft: parallel\.max_rows_factor=1: layer \d, micro-batch \d: rank \d is about to (receive|pass on) 1\d\d "
+        r"rows for experts; expected at most 128 = 1 x 128, the rows of a balanced rank "
+        r"\(parallel\.microbatch_size=1 x train\.sequence_length=32 x model\.num_experts_per_tok=4\)",
+        line,
+    )
+
+
+def test_a_force_balanced_run_says_so_everywhere(workers, corpus, tmp_path):
+    one = ["parallel.pipeline=1", "parallel.data=1", "parallel.expert=1", "parallel.schedule=1f1b"]
+    words = [*corpus, *one, "train.steps=2", "train.force_balanced=true", f"run.dir={tmp_path}", "run.name=forced"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        workers(1).run(fit, words)
+    first, *steps = [line for line in printed.getvalue().splitlines() if "held-out" not in line]
+    assert first.startswith("train.force_balanced=true: tokens go round all experts instead of choosing")
+    assert len(steps) == 2 and all("force-balanced" in line for line in steps)
+    for record in records(tmp_path / "forced"):
+        assert record["force_balanced"] is True
+        assert {record["layer_max_violation"][layer] for layer in ("1", "2")} == {0.0}
 
 
 # ---------------------------------------------------------------- steps left out

@@ -56,8 +56,10 @@ class Attention(nn.Module):
         cos, sin = self._angles(x_BTD.shape[1], x_BTD.device)
         parts = q.unflatten(-1, (heads, nope + rope)), kv.unflatten(-1, (heads, nope + value)), k_rope
         q_BHTd, k_BHTd, v_BHTv = self.numerics.recompute("mla_up", mla_heads, *parts, cos, sin)
-        out_BTHv = causal_attention(q_BHTd, k_BHTd, v_BHTv, softmax_scale(config, x_BTD.shape[1]))
-        return self.o_proj(out_BTHv.flatten(-2))
+        scale = softmax_scale(config, x_BTD.shape[1])
+        recompute, heads_of = self.numerics.recompute, (q_BHTd, k_BHTd, v_BHTv)
+        out_BTHv = recompute.kept_as("attention output", causal_attention, *heads_of, scale, dimensions=2)
+        return self.o_proj(recompute.after(torch.flatten, out_BTHv, -2))
 
     def _angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines for `length` positions, computed once."""

@@ -8,16 +8,16 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from parallel.experts.shard import ExpertShard
+from parallel.experts.shard import share_of
 
 
 @torch.no_grad()
 def initialise(stage: nn.Module, seed: int, deviation: float) -> None:
     """Fill the parameters of a stage in place; drawn in FP32 on the CPU, then rounded to the parameter's dtype."""
     for name, parameter in stage.named_parameters():
-        if isinstance(parameter, ExpertShard):
-            for local, expert in enumerate(parameter):
-                expert.copy_(_normal(expert.shape, deviation, f"{seed}/{name}/{parameter.first + local}"))
+        if share := share_of(parameter):
+            for number, expert in enumerate(parameter, share.first):
+                expert.copy_(_normal(expert.shape, deviation, f"{seed}/{name}/{number}"))
         elif parameter.dim() == 1:
             parameter.fill_(1.0)
         else:

@@ -61,7 +61,12 @@ class Layer(nn.Module):
         hidden = hidden + self.self_attn(self.input_layernorm(hidden))
         return hidden, self.post_attention_layernorm(hidden)
 
+    def _look(self, batch: Microbatch) -> None:
+        """Of each step that is looked at, `fp8_health` sees the first micro-batch."""
+        self.numerics.health.look(self.number if batch.training and batch.index == 0 else None)
+
     def _dense(self, batch: Microbatch, hidden: Tensor) -> tuple[Tensor]:
+        self._look(batch)
         hidden, normed = self._attend(hidden)
         return (hidden + self.mlp(normed),)
 
@@ -71,6 +76,7 @@ class Layer(nn.Module):
         chosen: list[Tensor] = []
 
         def run(hidden: Tensor) -> tuple[Any, ...]:
+            self._look(batch)
             hidden, normed = self._attend(hidden)
             weights_TK, scores_TE, experts_TK = router(normed.flatten(0, 1), *chosen)
             chosen[:] = [experts_TK]  # if all this is run again, nothing is routed again
@@ -84,5 +90,6 @@ class Layer(nn.Module):
 
     def _experts(self, batch: Microbatch, rows: Tensor, row_weights: Tensor, layout: Layout, normed: Tensor) -> Any:
         assert isinstance(self.mlp, MoE)
+        self._look(batch)
         out_rows = self.mlp.experts(rows, row_weights, layout.counts)
         return (out_rows, self.mlp.shared_experts(normed)) if self.mlp.shared_experts else (out_rows,)

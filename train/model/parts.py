@@ -59,14 +59,15 @@ class Norm(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)): the dense feed-forward network, and the shared expert."""
 
-    def __init__(self, width: int, inner: int, numerics: Numerics) -> None:
+    def __init__(self, width: int, inner: int, numerics: Numerics, kept_as: str = "") -> None:
+        """kept_as: the form, if there is one of this name, in which gate and up wait for backward."""
         super().__init__()
-        self.recompute = numerics.recompute
+        self.recompute, self.kept_as = numerics.recompute, kept_as
         self.gate_proj = Linear(width, inner, numerics)
         self.up_proj = Linear(width, inner, numerics)
         self.down_proj = Linear(inner, width, numerics)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] to the same shape."""
-        gate, up = together(x, self.gate_proj, self.up_proj)
+        gate, up = self.recompute.kept_as(self.kept_as, together, x, self.gate_proj, self.up_proj)
         return self.down_proj(self.recompute("swiglu", swiglu, gate, up))

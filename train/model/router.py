@@ -17,7 +17,7 @@ class Router(nn.Module):
     """Chooses K experts for each token; named `gate` in the model, as in Hugging Face's.
 
     e_score_correction_bias: FP32 [E], moved once a step by `balance`. load: int64 [E], tokens that chose each expert
-    since the last step, over this rank's micro-batches.
+    since the last step, over this rank's micro-batches. force_balanced: `go_round` instead of `choose`.
     """
 
     e_score_correction_bias: Tensor
@@ -26,6 +26,7 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig, numerics: Numerics) -> None:
         super().__init__()
         self.config, self.numerics = config, numerics
+        self.force_balanced = False
         experts = config.n_routed_experts
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size, dtype=numerics.dtype))
         self.register_buffer("e_score_correction_bias", torch.zeros(experts))
@@ -40,7 +41,8 @@ class Router(nn.Module):
         (logits_TE,) = linear(x_TD, (self.weight,), self.numerics, fp8=False, wide_out=True)
         scores_TE = logits_TE.sigmoid()
         if experts_TK is None:
-            experts_TK = self.choose(scores_TE.detach())
+            detached = scores_TE.detach()
+            experts_TK = self.go_round(detached) if self.force_balanced else self.choose(detached)
         weights_TK = scores_TE.gather(1, experts_TK)
         if config.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
@@ -58,9 +60,29 @@ class Router(nn.Module):
             biased_TE = grouped_TGE.masked_fill(left_out_TG.unsqueeze(-1), float("-inf")).flatten(1)
         return biased_TE.topk(config.num_experts_per_tok, -1).indices
 
+    def go_round(self, scores_TE: Tensor) -> Tensor:
+        """K experts for each token by its number alone, as benchmarks use them: [T, K], whatever the affinities.
+
+        Token t takes its experts in turn from `topk_group` neighbouring groups, the first being group t mod G; each
+        group gives its own in turn. All loads are equal if G divides T and E divides T*K, and nearly so otherwise.
+        """
+        config, device = self.config, scores_TE.device
+        groups, window, chosen = config.n_group, config.topk_group, config.num_experts_per_tok
+        size = config.n_routed_experts // groups
+        group_G = torch.arange(groups, device=device)
+        place_GG = (group_G - group_G.unsqueeze(1)) % groups  # [first group of a window, group]: its place in there
+        takes_GG = torch.where(place_GG < window, (chosen - 1 - place_GG) // window + 1, 0)  # by one token
+        before_GG = takes_GG.cumsum(0) - takes_GG  # by the tokens since the last whole round of G
+        token_T1, turn_K = torch.arange(len(scores_TE), device=device).unsqueeze(1), torch.arange(chosen, device=device)
+        first_T1 = token_T1 % groups
+        group_TK = (first_T1 + turn_K % window) % groups
+        given_TK = token_T1 // groups * chosen + before_GG[first_T1, group_TK] + turn_K // window
+        return group_TK * size + given_TK % size
+
     def count(self, experts_TK: Tensor) -> None:
         """Add this micro-batch's choices to `load`."""
-        self.load += torch.bincount(experts_TK.flatten(), minlength=len(self.load))
+        chosen = experts_TK.flatten()
+        self.load.scatter_add_(0, chosen, torch.ones_like(chosen))  # unlike bincount, nothing for the host to wait for
 
     @torch.no_grad()
     def balance(self, load_E: Tensor, speed: float) -> None:

@@ -174,7 +174,8 @@ def predicted(precision: str) -> dict[str, int]:
     heads = c.num_attention_heads * (2 * c.qk_head_dim + c.v_head_dim)
     mla_up = c.num_hidden_layers * item * (heads - c.qk_rope_head_dim)  # the rotary key stays, before its rotation
     swiglu = c.first_k_dense_replace * operand(c.intermediate_size)
-    swiglu += moe * (c.n_shared_experts + c.num_experts_per_tok) * operand(c.moe_intermediate_size)
+    if precision != "fp8":  # which never keeps it in a MoE layer
+        swiglu += moe * (c.n_shared_experts + c.num_experts_per_tok) * operand(c.moe_intermediate_size)
     return {"norms": rows * norms, "mla_up": rows * mla_up, "swiglu": rows * swiglu}
 
 

@@ -100,6 +100,42 @@ def test_affinities_need_not_be_normalised():
     assert torch.equal(weights, scores.gather(1, experts))
 
 
+# ---------------------------------------------------------------- force-balanced
+def go_round_slowly(tokens, groups, per_group, kept, chosen):
+    """Token by token: from group t mod G on, `kept` groups give an expert each in turn, each group its next."""
+    given, routing = [0] * groups, []
+    for token in range(tokens):
+        takers = [(token + turn % kept) % groups for turn in range(chosen)]
+        routing.append([])
+        for group in takers:
+            routing[-1].append(group * per_group + given[group] % per_group)
+            given[group] += 1
+    return routing
+
+
+@given(shapes(), st.integers(0, 70))
+def test_force_balanced_tokens_go_round_all_experts(shape, tokens):
+    groups, per_group, kept, chosen = shape
+    router, experts = router_of(*shape), groups * per_group
+    routing = router.go_round(torch.zeros(tokens, experts)).tolist()
+    assert routing == go_round_slowly(tokens, *shape)
+    assert all(len(set(row)) == chosen and len({e // per_group for e in row}) == min(kept, chosen) for row in routing)
+    if tokens % groups == 0 and tokens * chosen % experts == 0:
+        counts = [sum(expert in row for row in routing) for expert in range(experts)]
+        assert set(counts) == {tokens * chosen // experts}
+
+
+def test_force_balanced_weights_are_the_real_affinities_of_the_chosen():
+    router = router_of(2, 4, 2, 3)
+    router.force_balanced = True
+    x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights, scores, experts = router(x)
+    assert torch.equal(scores, (x @ router.weight.T).sigmoid())
+    assert torch.bincount(experts.flatten()).tolist() == [3] * 8
+    chosen = scores.gather(1, experts)
+    torch.testing.assert_close(weights, 2.5 * chosen / chosen.sum(1, keepdim=True))
+
+
 # ---------------------------------------------------------------- balance
 def test_a_bias_moves_by_the_sign_of_what_its_expert_lacks():
     router = router_of(1, 4, 1, 2)

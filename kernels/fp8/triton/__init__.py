@@ -1,0 +1,34 @@
+"""Our kernels, in Triton, for Hopper: the functions of `kernels.fp8.reference`, and casts that fuse what comes before.
+
+Importing this needs triton, and running it a GPU of compute capability 9.0, or TRITON_INTERPRET=1 for checks on a CPU.
+`tiles` holds the arithmetic that everything shares, `quantize` the casts, `fused` the casts after SwiGLU and RMSNorm,
+`gemm` the GEMMs. The GEMMs take an output dtype, so that a BF16 result is written once.
+"""
+
+from kernels.fp8.triton.fused import rmsnorm_quantize, swiglu_quantize
+from kernels.fp8.triton.gemm import (
+    grouped_dgrad,
+    grouped_linear,
+    grouped_wgrad,
+    linear,
+    linear_dgrad,
+    linear_wgrad,
+    prepare_weight,
+)
+from kernels.fp8.triton.quantize import permute_quantize, quantize, quantize_both, requantize
+
+__all__ = [
+    "grouped_dgrad",
+    "grouped_linear",
+    "grouped_wgrad",
+    "linear",
+    "linear_dgrad",
+    "linear_wgrad",
+    "permute_quantize",
+    "prepare_weight",
+    "quantize",
+    "quantize_both",
+    "requantize",
+    "rmsnorm_quantize",
+    "swiglu_quantize",
+]

@@ -1,0 +1,123 @@
+"""A world of fake ranks: the recipe's mesh, dispatcher and stages, as one rank of the cluster would build them.
+
+Process groups are PyTorch's fake ones, so a world of 2,048 ranks takes milliseconds; tensors are fake too. What has no
+answer without values is how many rows go where. A dispatcher asks for that in one place, `host_counts`, and `Balanced`
+answers for tokens that go round all experts alike, each to as many groups as the router allows.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from kernels.linear import Numerics, attach_main_grads
+from launch.simulate.work import StageWork, study
+from parallel.experts import Dispatcher, all_to_all, hierarchical, local
+from parallel.experts.all_to_all import AllToAll
+from parallel.experts.build import build as build_dispatcher
+from parallel.experts.hierarchical import Hierarchical
+from parallel.mesh import Mesh
+from parallel.passes import Microbatch
+from train.model.stage import EMBEDDING, build, split_layers
+from train.recipe import Recipe
+
+LOSSES = ("loss", "mtp_loss", "balance_loss")
+
+
+@contextmanager
+def fake_world(ranks: int, rank: int = 0) -> Iterator[None]:
+    """The default process group is a fake one of `ranks`, and tensors have no values."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Balanced:
+    """What a dispatcher reads of its row counts, were tokens spread over experts as evenly as the router's rule allows.
+
+    tokens: of a micro-batch. chosen: experts of a token. groups: nodes that a token may reach.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, tokens: int, chosen: int, groups: int) -> None:
+        self.dispatcher, self.tokens, self.chosen, self.groups = dispatcher, tokens, chosen, groups
+
+    def __call__(self, counts: Tensor) -> list[int]:
+        one, rows = self.dispatcher, self.tokens * self.chosen
+        if isinstance(one, Hierarchical):
+            copies = self.tokens * min(self.groups, one.nodes, self.chosen)
+            out = _even(copies, one.chunks * one.nodes)
+            on = _even(rows, one.chunks * one.places)
+            return [*out, *out, *on, *on, *_even(rows, one.in_rank)]
+        if isinstance(one, AllToAll):
+            each = _even(rows, one.size)
+            return [*each, *each, *_even(rows, one.experts // one.size)]
+        return _even(rows, len(counts))
+
+
+def _even(total: int, parts: int) -> list[int]:
+    """`total` in parts that differ by one at most."""
+    return [total * (part + 1) // parts - total * part // parts for part in range(parts)]
+
+
+class Inline:
+    """A relay between hops that has passed everything on before it returns (`parallel.experts.hierarchical.Relay`)."""
+
+    def __init__(self, hops: hierarchical.Hops, thread: object) -> None:
+        self.arrived, _ = hierarchical.run(hops)
+
+    def wait(self) -> None:
+        """All is there."""
+
+
+def study_stages(recipe: Recipe, placement: tuple[tuple[int, ...], ...]) -> dict[int, StageWork]:
+    """What each stage's passes consist of. Stages of the same layers are looked at once."""
+    layout, model = recipe.parallel, recipe.model
+    stages = 1 + max(stage for held in placement for stage in held)
+    shape = (layout.microbatch_size, recipe.train.sequence_length, model.hidden_size)
+    found: dict[int, StageWork] = {}
+    seen: dict[tuple[object, ...], StageWork] = {}
+    with fake_world(layout.world_size):
+        node = layout.node_size or layout.world_size
+        mesh = Mesh(layout.pipeline, layout.data, layout.context, layout.expert, rank=0, node_size=node)
+        mesh.connect()
+        backend = "triton" if recipe.precision == "fp8" else "reference"
+        numerics = Numerics(recipe.precision, backend, recipe.train.recompute)
+        dispatcher = build_dispatcher(
+            layout.dispatch,
+            mesh,
+            model.n_routed_experts,
+            recipe.fp8_dispatch,
+            layout.dispatch_chunks,
+            numerics.row_align,
+        )
+        layers = split_layers(model, stages, layout.layers_per_stage)
+        experts = 0, model.n_routed_experts // layout.expert
+        counts = Balanced(dispatcher, shape[0] * shape[1], model.num_experts_per_tok, model.topk_group)
+        with (
+            patch.object(all_to_all, "host_counts", counts),
+            patch.object(hierarchical, "host_counts", counts),
+            patch.object(local, "host_counts", counts),
+            patch.object(hierarchical, "Relay", Inline),
+        ):
+            for number, held in enumerate(layers):
+                key = (number == 0, number == stages - 1, *(model.is_moe(layer) for layer in held))
+                if key not in seen:
+                    stage = build(model, numerics, dispatcher, (number,), layers, experts)[number]
+                    attach_main_grads(stage, numerics.main_grad_dtype)
+
+                    def batch() -> Microbatch:
+                        tokens = torch.empty(shape[0], shape[1] + 1, dtype=torch.int64)
+                        return Microbatch(0, tokens, shape, dict.fromkeys(LOSSES, 1.0))
+
+                    seen[key] = study(stage, numerics, batch, shape, {EMBEDDING})
+                    numerics.bump()
+                found[number] = seen[key]
+    return found
