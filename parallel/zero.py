@@ -71,6 +71,9 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
     adamw: makes the optimizer from torch's parameter groups. clip: the largest global gradient norm.
     wide: dtype of masters and gradients: FP32, or FP64 when parameters are FP64, whose masters would lose bits in FP32.
 
+    gradient_scale: what gradients have been multiplied by before they come here; norm and step take it out again. Exact
+    for a power of two.
+
     From construction on, parameters are views of flat buffers and `main_grad` is a view that stays the same tensor.
     Construction communicates with nobody; the other calls do so within the buckets' groups, in the buckets' order, and
     `grad_norm` with the whole world.
@@ -94,6 +97,7 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
         self.groups = [bucket.group for bucket in buckets]
         self.wide = wide
         self.trace = trace
+        self.gradient_scale = 1.0
         self.reducing: dict[int, Any] = {}  # bucket -> its reduction in flight
         # Tells deepspeed.comm of the process group that exists.
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
@@ -186,7 +190,7 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
         pieces = (piece.double() for shard in self.gradient_shards for piece in shard.split(PIECE))
         total = torch.stack([torch.dot(piece, piece) for piece in pieces]).sum()
         dist.all_reduce(total)
-        return total.sqrt()
+        return total.sqrt() / self.gradient_scale
 
     @torch.no_grad()
     def step(self, lr: float, norm: torch.Tensor) -> bool:
@@ -197,7 +201,7 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
         if not torch.isfinite(norm):
             self.zero_grad()
             return False
-        scale = min(1.0, self.clip_grad / (norm.item() + 1e-6))
+        scale = min(1.0, self.clip_grad / (norm.item() + 1e-6)) / self.gradient_scale
         for master, shard in zip(self.masters, self.gradient_shards, strict=True):
             master.grad = shard.mul_(scale)
         for group in self.param_groups:

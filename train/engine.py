@@ -4,6 +4,7 @@
 knows nothing of data files, time or metrics; the trainer's loop calls its phases in order.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -143,13 +144,16 @@ class Engine:
         return self.programs[batch]
 
     def seeds(self, batch: int, length: int, mtp_weight: float) -> dict[str, float]:
-        """Gradient of the objective by each raw loss sum: L_main + lambda/D sum_k L_k + alpha mean_sequences(L_bal)."""
+        """Gradient of the objective by each raw loss sum: L_main + lambda/D sum_k L_k + alpha mean_sequences(L_bal).
+
+        Times `loss_scale(batch * length)`, which the optimizer takes out again.
+        """
         tokens = batch * length
-        depths = max(self.recipe.model.num_nextn_predict_layers, 1)
+        depths, scale = max(self.recipe.model.num_nextn_predict_layers, 1), loss_scale(tokens)
         return {
-            "loss": 1 / tokens,
-            "mtp_loss": mtp_weight / (depths * tokens),
-            "balance_loss": self.recipe.train.balance_alpha / batch,
+            "loss": scale / tokens,
+            "mtp_loss": scale * mtp_weight / (depths * tokens),
+            "balance_loss": scale * self.recipe.train.balance_alpha / batch,
         }
 
     # -- the phases of a step
@@ -162,6 +166,7 @@ class Engine:
         batch. length: of each, in tokens, in this step; the recipe's unless told.
         """
         length = length or self.recipe.train.sequence_length
+        self.optimizer.gradient_scale = loss_scale(batch * length)
         return self._run(tokens, batch, length, self.seeds(batch, length, mtp_weight), training=True)
 
     def evaluate(self, tokens: Mapping[int, Tensor], batch: int) -> Totals:
@@ -260,6 +265,15 @@ class Engine:
             dict(zip(OPERATIONS, map(int, numbers), strict=True)) for numbers in summed[2].view_as(sizes).tolist()
         )
         return Totals(losses, dict(zip(routed, summed[1].view_as(loads).cpu(), strict=True)), inside, across)
+
+
+def loss_scale(tokens: int) -> float:
+    """The power of two nearest to `tokens`: times a mean over so many, gradients are about as large as one token's own.
+
+    Else they would shrink as the batch grows, in FP8 below the floor of a tile's scale (`kernels/fp8/formats.py`). In
+    other precisions a power of two changes no bit.
+    """
+    return 2.0 ** round(math.log2(tokens))
 
 
 def _share(whole: range, index: int, count: int) -> range:

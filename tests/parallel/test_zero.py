@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
+from kernels.linear import attach_main_grads
 from parallel.experts.shard import expert_shard
 from parallel.zero import Bucket, ZeRO1
 from train.optim import AdamW16
@@ -84,12 +85,15 @@ def shards(zero):
     return {key: {name: (s.start, s.local.clone()) for name, s in by_name.items()} for key, by_name in state.items()}
 
 
-def train(dtype, moments):
+def train(dtype, moments, scale=1.0):
     held, zero = build(dtype, moments)
+    zero.gradient_scale = scale
     addresses = {name: (id(p), p.data_ptr(), p.main_grad.data_ptr()) for name, (p, *_) in held.items()}
     norms = []
     for step in range(STEPS):
         accumulate(held, step)
+        for parameter, *_ in held.values():
+            parameter.main_grad *= scale
         zero.reduce_gradients()
         norms.append(zero.grad_norm())
         assert zero.step(LR, norms[-1])
@@ -148,6 +152,29 @@ def test_training_equals_torchs_adamw_in_one_process(workers, size, dtype):
                     seen[start : start + len(values)] += 1
                     assert_same(values, whole.flatten()[start : start + len(values)])
             assert (seen == 1).all(), f"every element of {key} {name} is kept once in the world"
+
+
+def test_a_power_of_two_that_scales_the_gradients_changes_no_bit(workers):
+    plain, scaled = (workers(2).run(train, torch.bfloat16, torch.bfloat16, scale) for scale in (1.0, 2.0**26))
+    torch.testing.assert_close(scaled, plain, rtol=0, atol=0)
+
+
+def gains_after_a_step():
+    group = dist.new_group([0])
+    module = torch.nn.LayerNorm(8)
+    zero = ZeRO1([Bucket((0,), "dense", group, dict(module.named_parameters()))], AdamW16, clip=CLIP)
+    attach_main_grads(module, torch.float32)
+    norms = []
+    for _ in range(3):
+        module(torch.arange(8.0)).pow(2).sum().backward()
+        zero.reduce_gradients()
+        norms.append(zero.grad_norm())
+        zero.step(LR, norms[-1])
+    return norms
+
+
+def test_gradients_of_gains_arrive_in_every_step(workers):
+    assert all(norm > 0 for norm in workers(1).run(gains_after_a_step)[0])
 
 
 def skip(poison):

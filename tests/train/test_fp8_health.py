@@ -46,7 +46,7 @@ def test_every_layer_has_figures_of_activations_and_gradients(one_process):
             smallest, largest = figures["amax"]
             assert 0 < smallest < largest
             assert 0 <= figures["underflow"] < 0.2 and 0 <= figures["saturation"] < 0.5
-        assert layer["gradient"]["amax"][1] < layer["activation"]["amax"][1]
+        assert layer["gradient"]["underflow"] < 0.01, "gradients are far above the floor of a tile's scale"
 
 
 @pytest.mark.parametrize("recompute", [[], ["norms", "mla_up", "swiglu"], ["layer"]], ids=" ".join)
