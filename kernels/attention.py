@@ -55,7 +55,7 @@ def _empty_out(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 @op(
-    cost=lambda q, k, v, scale: Cost(2 * _pairs(q) * (q.shape[3] + v.shape[3]), size(q, k, v, v)),
+    cost=lambda q, k, v, scale: Cost(2 * _pairs(q) * (q.shape[3] + v.shape[3]), size(q, k, v, v), "attention"),
     fake=_empty_out,
 )
 def causal_attention_forward(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, scale: float) -> Tensor:
@@ -72,7 +72,7 @@ def causal_attention_forward(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, sca
 
 @op(
     cost=lambda dy, out, q, k, v, scale: Cost(
-        2 * _pairs(q) * (3 * q.shape[3] + 2 * v.shape[3]), 2 * size(q, k, v) + size(dy, out)
+        2 * _pairs(q) * (3 * q.shape[3] + 2 * v.shape[3]), 2 * size(q, k, v) + size(dy, out), "attention"
     ),
     fake=lambda dy, out, q, k, v, scale: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
 )

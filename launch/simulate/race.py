@@ -39,7 +39,7 @@ def race(passes: Sequence[PassWork], sheet: Sheet, leaving: int = 0) -> Race:
     sms = sheet.sms
     if any(isinstance(event, Exchange) and event.across + event.inside for one in passes for event in one.events):
         sms -= sheet.comm_sms
-    result = Race()
+    result, beside = Race(), len(passes) > 1
     clock, card = 0.0, sheet.across.seconds(leaving) if leaving else 0.0
     arrives: dict[int, float] = {}
     todo = {number: iter(one.events) for number, one in enumerate(passes)}
@@ -65,7 +65,7 @@ def race(passes: Sequence[PassWork], sheet: Sheet, leaving: int = 0) -> Race:
                     result.spans.append(Span("wait", event.name, -1, begin, clock))
                 else:
                     start = max(clock, card)
-                    card = arrives[number] = start + sheet.exchange_seconds(event.inside, event.across)
+                    card = arrives[number] = start + sheet.exchange_seconds(event.inside, event.across, beside)
                     result.spans.append(Span("experts", event.name, -1, start, card))
                     break
             else:

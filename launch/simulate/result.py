@@ -15,7 +15,7 @@ from launch.simulate.engine import Timeline
 from launch.simulate.memory import Peak, peaks
 from launch.simulate.sheet import Sheet
 from launch.simulate.update import update
-from launch.simulate.work import StageWork
+from launch.simulate.work import Piece, StageWork
 from parallel import schedule
 from parallel.errors import UserError
 from parallel.mesh import Mesh
@@ -44,6 +44,13 @@ class Result:
     uncovered: list[str] = field(default_factory=list)
 
     @property
+    def mfu(self) -> dict[str, float]:
+        """Model FLOPs over the BF16 peak, with attention counted as causal and as if it were not."""
+        peak = self.recipe.parallel.world_size * self.sheet.peak["bf16"]
+        flops = flops_per_token(self)
+        return {name: flops[name] * self.tokens / self.step_seconds / peak for name in ("causal", "noncausal")}
+
+    @property
     def tokens_per_day(self) -> float:
         return self.tokens / self.step_seconds * 86400
 
@@ -57,6 +64,8 @@ class Result:
             "step_seconds": self.step_seconds,
             "tokens_per_day": self.tokens_per_day,
             "gpu_hours_per_trillion_tokens": self.gpu_hours_per_trillion_tokens,
+            "mfu": self.mfu,
+            "flops_per_token": flops_per_token(self),
             "breakdown": self.breakdown,
             "memory_gb": [
                 {name: size / 1e9 for name, size in peak.parts.items()} | {"peak": peak.total / 1e9}
@@ -95,7 +104,8 @@ def simulate(recipe: Recipe, sheet: Sheet) -> Result:
     exposed = fmean(sum(slot.race.exposed for slot in row) for row in timeline.ranks)
     memory = peaks(program, stages, mesh, recipe.optim.moments)
     wall = time.perf_counter() - began
-    return Result(recipe, sheet, program, stages, timeline, tokens, seconds, spent, exposed, memory, wall)
+    missing = uncovered(stages, sheet)
+    return Result(recipe, sheet, program, stages, timeline, tokens, seconds, spent, exposed, memory, wall, missing)
 
 
 def breakdown(timeline: Timeline) -> dict[str, float]:
@@ -113,6 +123,33 @@ def breakdown(timeline: Timeline) -> dict[str, float]:
     return {kind: total / len(timeline.ranks) for kind, total in spent.items()}
 
 
+def flops_per_token(result: Result) -> dict[str, float]:
+    """Operations of a step for each token: three times the forward's, recomputation and element-wise work aside.
+
+    causal: attention's pairs that count. noncausal: all pairs, as some papers have it. causal_mtp: with MTP.
+    """
+    products = attention = mtp = 0
+    for work in result.stages.values():
+        main = True
+        for event in work.passes["F"].events:
+            if isinstance(event, Piece):
+                main &= event.name != "join"  # the first piece of an MTP module
+                in_core = sum(one.cost.flops for one in event.operators if one.cost.unit == "attention")
+                in_products = sum(one.cost.flops for one in event.operators if one.cost.products)
+                products, attention = products + main * in_products, attention + main * in_core
+                mtp += (not main) * (in_products + in_core)
+    tokens = result.recipe.parallel.microbatch_size * result.recipe.train.sequence_length
+    counted = {"causal": products + attention, "noncausal": products + 2 * attention}
+    counted["causal_mtp"] = counted["causal"] + mtp
+    return {name: 3 * flops / tokens for name, flops in counted.items()}
+
+
+def uncovered(stages: dict[int, StageWork], sheet: Sheet) -> list[str]:
+    """Operators whose time is only a peak's, because the sheet has no curve for them."""
+    operators = {one for work in stages.values() for each in work.passes.values() for one in each.operators}
+    return sorted({f"{one.name} ({one.cost.unit})" for one in operators if not sheet.covers(one.cost, one.name)})
+
+
 def text(result: Result) -> str:
     """A table for the terminal."""
     layout, sheet = result.recipe.parallel, result.sheet
@@ -125,6 +162,7 @@ def text(result: Result) -> str:
             f"{result.gpu_hours_per_trillion_tokens / 1e3:.1f} K",
             f"{result.gpu_hours_per_trillion_tokens * sheet.price_per_hour / 1e3:,.0f} K of money",
         ),
+        ("MFU", f"{result.mfu['causal']:.1%}", f"{result.mfu['noncausal']:.1%} with all pairs of attention"),
         *(
             (kind.replace("_", " "), f"{took:.3f} s", f"{took / result.step_seconds:.1%}")
             for kind, took in result.breakdown.items()
@@ -153,4 +191,6 @@ def text(result: Result) -> str:
         )
         for row in rows
     ]
+    if result.uncovered:
+        lines += ["", "without a curve, at the peak's rate: " + ", ".join(result.uncovered)]
     return "\n".join([title, "", *lines, "", f"simulated in {result.wall_seconds:.1f} s"])

@@ -51,7 +51,8 @@ class Sheet:
 
     products: by unit ("fp8", "bf16", "fp32"). attention: operations per second and SM, by operator. memory: bytes per
     second. launch: the least that any operator takes. exchange: what an expert exchange across nodes reaches while
-    GEMMs run beside it. comm_sms: those that GEMMs leave to it. read: the host's wait for numbers that are there.
+    GEMMs run beside it; exchange_alone: with nothing beside it. comm_sms: those that GEMMs leave to it. read: the
+    host's wait for numbers that are there. provenance: of every figure.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Sheet:
     inside: Link
     across: Link
     exchange: Link
+    exchange_alone: Link
     comm_sms: int
     read: float
     provenance: dict[str, str] = field(default_factory=dict)
@@ -83,14 +85,26 @@ class Sheet:
             curve = self.products[cost.unit]
             return sum(curve.seconds(product, sms) for product in cost.products)
         moved = cost.bytes / self.memory
-        if name in self.attention:
-            return self.launch + max(moved, cost.flops / (self.attention[name] * sms))
+        if cost.products:
+            return self.launch + max(moved, cost.flops / self.peak.get(cost.unit, min(self.peak.values())))
+        if cost.unit == "attention":
+            rate = self.attention.get(name, self.peak["bf16"] / self.sms)
+            return self.launch + max(moved, cost.flops / (rate * sms))
         return max(self.launch, moved)
 
-    def exchange_seconds(self, inside: int, across: int) -> float:
-        """An exchange of rows that sends these bytes; the hop inside the node hides under the slower one across."""
+    def covers(self, cost: Cost, name: str) -> bool:
+        """Whether an operator's time comes from a curve or the memory's rate, and not from a bare peak."""
+        if cost.products:
+            return cost.unit in self.products
+        return cost.unit == "vector" or name in self.attention
+
+    def exchange_seconds(self, inside: int, across: int, beside: bool = True) -> float:
+        """An exchange of rows that sends these bytes; the hop inside the node hides under the slower one across.
+
+        beside: whether GEMMs run meanwhile.
+        """
         if across:
-            return self.exchange.seconds(across)
+            return (self.exchange if beside else self.exchange_alone).seconds(across)
         return self.inside.seconds(inside) if inside else 0.0
 
 

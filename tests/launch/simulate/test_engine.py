@@ -1,0 +1,136 @@
+"""With unit costs the engine is the ideal step that the program itself knows; races and memory follow closed forms."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.ops import Cost
+from launch.simulate import engine
+from launch.simulate.memory import peaks
+from launch.simulate.race import race
+from launch.simulate.sheet import Link, Sheet
+from launch.simulate.work import Exchange, Operator, PassWork, Piece, Read, StageWork
+from parallel import schedule
+from parallel.mesh import Mesh
+from parallel.schedule import SCHEDULES
+
+FREE = Link(float("inf"), 0.0)
+UNIT = Sheet(
+    name="unit",
+    gpus=64,
+    node_size=8,
+    sms=10,
+    memory_bytes=1,
+    price_per_hour=0.0,
+    peak={"bf16": 1.0},
+    products={},
+    attention={},
+    memory=1.0,  # a byte takes a second
+    launch=0.0,
+    inside=FREE,
+    across=FREE,
+    exchange=Link(1.0, 0.0),
+    exchange_alone=Link(1.0, 0.0),
+    comm_sms=0,
+    read=0.0,
+)
+
+
+def piece(seconds: float, name: str = "mlp") -> Piece:
+    return Piece(name, 0, [Operator("copy", Cost(0, seconds))])
+
+
+def stage(kept: int = 1, deferred: int = 0) -> StageWork:
+    passes = {
+        "F": PassWork([piece(1)], kept=kept, peak=kept),
+        "B": PassWork([piece(1), piece(1, "weights.W")]),
+        "I": PassWork([piece(1)], kept=deferred, peak=deferred),
+        "W": PassWork([piece(1, "weights.W")]),
+    }
+    return StageWork(passes, [], 0, 0, 0, 0, 0, 2, 4)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@settings(max_examples=15, deadline=None)
+@given(half=st.integers(1, 4), more=st.integers(0, 6))
+def test_with_unit_costs_a_step_is_the_programs_own(name, half, more):
+    program = schedule.build(name, 2 * half, 4 * half + 2 * half * more)
+    stages = {number: stage() for number in range(program.stages)}
+    timeline = engine.run(program, stages, UNIT)
+    ends = program.ends()
+    assert [[slot.end for slot in row] for row in timeline.ranks] == ends
+    assert timeline.seconds == max(row[-1] for row in ends)
+
+
+def test_messages_take_their_time_and_leave_one_after_the_other():
+    program = schedule.build("gpipe", 2, 1)
+    far = dataclasses.replace(UNIT, across=Link(2.0, 0.5))
+    sent = dataclasses.replace(stage(), message=3)
+    timeline = engine.run(program, {0: sent, 1: sent}, far)
+    (forward, backward), (first, second) = timeline.ranks
+    assert (forward.begin, forward.end) == (0, 1)
+    assert (first.begin, second.begin, second.end) == (1 + 0.5 + 3 / 2, 4, 6), "0.5 s, and 3 bytes at 2 a second"
+    assert backward.begin == 6 + 2 and timeline.seconds == 10
+
+
+def test_a_slow_rank_is_waited_for():
+    program = schedule.build("1f1b", 4, 8)
+    stages = {number: stage() for number in range(4)}
+    plain = engine.run(program, stages, UNIT).seconds
+    slow = engine.run(program, stages, UNIT, lambda rank: 1.5 if rank == 2 else 1.0).seconds
+    assert slow >= max(plain, 2 + 1.5 * 24), "its first micro-batch comes after two units, its 24 take half again"
+
+
+# ---------------------------------------------------------------- races
+def exchange(seconds: int) -> Exchange:
+    return Exchange("dispatch", 0, seconds)
+
+
+def test_a_lone_pass_waits_for_its_exchanges():
+    lone = race([PassWork([piece(1), exchange(3), piece(2), exchange(1), piece(1)])], UNIT)
+    assert (lone.seconds, lone.compute, lone.exposed) == (8, 4, 4)
+
+
+def test_a_pair_hides_what_fits_beside_the_other():
+    backward = PassWork([exchange(3), piece(2), exchange(2), piece(2)])
+    forward = PassWork([piece(3), exchange(2), piece(2), exchange(1)])
+    # B posts (0-3), F computes (0-3) and posts (3-5); B computes (3-5), posts (5-7); F computes (5-7), posts (7-8);
+    # B computes (7-9); F has ended, and what it posted last has arrived.
+    both = race([backward, forward], UNIT)
+    assert (both.seconds, both.compute, both.exposed) == (9, 9, 0)
+    assert [(span.lane, span.begin, span.end) for span in both.spans if span.lane == "experts"] == [
+        ("experts", 0, 3),
+        ("experts", 3, 5),
+        ("experts", 5, 7),
+        ("experts", 7, 8),
+    ]
+
+
+def test_a_pass_that_ends_on_an_exchange_waits_for_it():
+    assert race([PassWork([piece(1), exchange(2)])], UNIT).seconds == 3
+
+
+def test_messages_leave_before_exchanges_and_numbers_are_read_in_the_open():
+    busy = dataclasses.replace(UNIT, across=Link(1.0, 0.0), read=0.25)
+    late = race([PassWork([piece(1), Read("counts"), exchange(1), piece(1)])], busy, leaving=4)
+    assert late.seconds == 4 + 1 + 1 and late.exposed == pytest.approx(0.25 + 5 - 1.25)
+
+
+# ---------------------------------------------------------------- memory
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_most_activations_are_those_that_the_program_counts(name):
+    program = schedule.build(name, 4, 12)
+    mesh = Mesh(4, 2, 1, 1, rank=0, node_size=8)
+    stages = {number: stage(kept=10) for number in range(program.stages)}
+    found = peaks(program, stages, mesh, "bf16")
+    assert [peak.parts["activations"] for peak in found] == [10 * count for count in program.peak_tapes()]
+
+
+def test_deferred_weight_gradients_hold_their_operands_until_they_run():
+    program = schedule.build("dualpipe", 8, 20)
+    mesh = Mesh(8, 1, 1, 1, rank=0, node_size=8)
+    stages = {number: stage(kept=0, deferred=7) for number in range(8)}
+    found = peaks(program, stages, mesh, "bf16")
+    assert [peak.parts["deferred weights"] for peak in found] == [7 * count for count in program.peak_deferred()]
