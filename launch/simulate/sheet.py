@@ -99,13 +99,14 @@ class Sheet:
         return cost.unit == "vector" or name in self.attention
 
     def exchange_seconds(self, inside: int, across: int, beside: bool = True) -> float:
-        """An exchange of rows that sends these bytes; the hop inside the node hides under the slower one across.
+        """An exchange of rows that sends these bytes; of the hops across and inside the faster hides under the slower.
 
         beside: whether GEMMs run meanwhile.
         """
-        if across:
-            return (self.exchange if beside else self.exchange_alone).seconds(across)
-        return self.inside.seconds(inside) if inside else 0.0
+        if not across:
+            return self.inside.seconds(inside) if inside else 0.0
+        link = self.exchange if beside else self.exchange_alone
+        return link.latency + max(across / link.bytes_per_second, inside / self.inside.bytes_per_second)
 
 
 # ---------------------------------------------------------------- reading one
