@@ -54,10 +54,10 @@ class Flight:
     name: str
     size: int
     posted: Mark
-    details: dict[str, int] = field(default_factory=dict)
     arrived: Mark = None
     waited: Mark = None
     seen: bool = False
+    details: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -133,6 +133,10 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
                 self.masters[index] = master
                 self.param_groups[index]["params"] = [master]
         super()._link_all_hp_params()
+        # A view keeps what it views: DeepSpeed's maps would lead back to the parameters that hold them, a circle
+        # through C++ that the garbage collector cannot see, with gradients, masters and process groups in it.
+        for _, _, fragment in self.fragments():
+            fragment.lp_fragment, fragment.hp_fragment = fragment.lp_fragment.data, fragment.hp_fragment.data
 
     @property
     def masters(self) -> list[torch.Tensor]:

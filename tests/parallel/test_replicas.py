@@ -43,7 +43,8 @@ def seen_by(rank, recipe):
     mesh = Mesh(parallel.pipeline, parallel.data, 1, parallel.expert, rank, parallel.world_size)
     held, experts = program.placement[mesh.pipeline_rank], (mesh.expert_rank * local, local)
     with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
-        patch.setattr("torch.distributed.new_group", lambda ranks, group_desc: made.append(ranks) or Group(ranks))
+        patch.setattr("torch.distributed.get_backend", lambda: "gloo")
+        patch.setattr("torch.distributed.new_group", lambda ranks, **options: made.append(ranks) or Group(ranks))
         stages = build(model, Numerics("bf16"), LocalExperts(model.n_routed_experts), held, layers, experts)
         stages = dict(sorted(stages.items(), reverse=rank % 2 == 1))  # the order in which a rank holds them is its own
         return stages, buckets(mesh, program.placement, stages, tied), made
