@@ -278,7 +278,7 @@ class Recorder(Trace):
 
     def post(self, lane: str, name: str, work: Any, size: int, **details: int) -> None:
         if self.running and size:
-            flight = Flight(lane, name, size, self.clock.mark(), details)
+            flight = Flight(lane, name, size, self.clock.mark(), details=details)
             self.step.flights.append(flight)
             self.flying[id(work)] = flight
             self.clock.watch(work, flight)
