@@ -7,6 +7,7 @@ from, is printed once and ends the command with exit code 2.
 
 import argparse
 import importlib.metadata
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -81,11 +82,63 @@ def simulate(recipe: Any, flags: argparse.Namespace) -> int:
     from launch.simulate import result, sheet
 
     recipe.validate(data=False)
+    if flags.rank is not None:
+        return as_rank(recipe, sheet.read(flags.cluster), flags)
     found = result.simulate(recipe, sheet.read(flags.cluster))
     if flags.json:
         write(flags.json, found.to_json())
-    if flags.json != "-":
+    if flags.html:
+        from launch.simulate import page
+
+        write(flags.html, page.html(found))
+    if flags.trace:
+        from launch.simulate import trace
+
+        trace.write(found, Path(flags.trace))
+    if "-" not in (flags.json, flags.html):
         print(result.text(found))
+    return 0
+
+
+def as_rank(recipe: Any, cluster: Any, flags: argparse.Namespace) -> int:
+    """The trainer's step as single ranks of the cluster; 1 if these would not agree."""
+    from launch.simulate import rank
+
+    if flags.html or flags.trace:
+        raise UserError(f"rank={flags.rank}: expected neither --html nor --trace with it, only --json")
+    steps = rank.look(recipe, cluster, rank.chosen(flags.rank, recipe))
+    found = rank.as_json(steps)
+    if flags.json:
+        write(flags.json, json.dumps(found, indent=1))
+    if flags.json != "-":
+        print(rank.text(steps, recipe, cluster))
+    return 1 if found["disagreements"] else 0
+
+
+def plan(recipe: Any, flags: argparse.Namespace) -> int:
+    """The layouts that the cluster could run the recipe in, and the best of them as a recipe."""
+    from launch.simulate import plan, sheet
+    from train.compose import save
+
+    recipe.validate(data=False)
+    cluster = sheet.read(flags.cluster)
+    precisions, gpus = plan.choices(recipe, cluster, flags.any_precision), None
+    if flags.gpus is not None:
+        if not (flags.gpus.isdecimal() and 0 < int(flags.gpus) <= cluster.gpus):
+            raise UserError(f"gpus={flags.gpus}: expected a number from 1 to the cluster's {cluster.gpus}")
+        gpus = int(flags.gpus)
+    found = plan.plan(recipe, cluster, precisions, gpus, quiet=False)
+    if flags.json:
+        write(flags.json, found.to_json())
+    if flags.json != "-":
+        print(plan.text(found))
+    if found.winner is None:
+        return 1
+    if flags.recipe:
+        try:
+            save(found.winner.recipe, Path(flags.recipe))
+        except OSError as error:
+            raise UserError(f"{flags.recipe}: expected a file to write; {error.strerror}") from None
     return 0
 
 
@@ -142,8 +195,23 @@ VERBS = {
         "price one step of a recipe on a cluster, without the cluster",
         "weft simulate recipe=v3 cluster=h800x2048",
         simulate,
-        {"--json FILE": "write the figures as JSON"},
-        keys={"cluster": "h800x2048"},
+        {
+            "--json FILE": "write the figures as JSON",
+            "--html FILE": "write them and the timeline as a page that needs no network",
+            "--trace DIR": "write the timeline of each pipeline rank as trace=on does, for Perfetto and --compare DIR",
+        },
+        keys={"cluster": "h800x2048", "rank": None},
+    ),
+    "plan": Verb(
+        "find the layout in which a recipe costs least on a cluster",
+        "weft plan recipe=v3 cluster=h800x2048",
+        plan,
+        {
+            "--recipe FILE": "write the best plan as a recipe (.yaml), for recipe=FILE",
+            "--json FILE": "write all plans, with the reasons of the rejected ones, as JSON",
+            "--any-precision": "choose the precision too, not only the layout",
+        },
+        keys={"cluster": "h800x2048", "gpus": None},
     ),
     "data prepare": Verb(
         "turn text into memory-mapped token rows", "weft data prepare data=hf data.path=FILE", prepare

@@ -100,7 +100,9 @@ def devices() -> Iterator[Finding]:
         gpu = torch.cuda.get_device_properties(index)
         fp8 = "FP8 GEMMs" if (gpu.major, gpu.minor) >= (9, 0) else "no FP8 GEMMs (compute capability 9.0 or newer)"
         yield Finding("good", f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB, {fp8}")
-    never = "training, the NCCL backend, FP8 backends transformer_engine, triton, cublas and auto"
+    never = (
+        "training, the NCCL backend, parallel.dispatch=deepep, FP8 backends transformer_engine, triton, cublas and auto"
+    )
     yield Finding("note", "never run on a GPU", f"{never}; weft doctor --fp8 runs the last four")
 
 

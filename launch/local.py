@@ -22,6 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from launch import load
 from parallel.errors import UserError
+from parallel.experts.build import check_device
 from train.compose import write
 from train.data.preparation import prepare
 from train.precision import fp8_backend
@@ -39,6 +40,7 @@ def train(recipe: Recipe) -> int:
     check_machine(world)
     if not torch.cuda.is_available():  # where it is, ranks look at their own GPUs before they join
         fp8_backend(recipe, torch.device("cpu"))
+        check_device(recipe.parallel.dispatch, torch.device("cpu"))
     config = write(recipe)
     print(f"{config.parent}: {recipe.summary()}", flush=True)
     prepare(

@@ -17,6 +17,7 @@ from kernels.recompute import CHOICES
 from parallel.errors import UserError
 from parallel.experts.build import CHOICES as DISPATCHERS
 from parallel.experts.build import choose
+from parallel.experts.deepep import check_model as check_deepep
 from parallel.schedule import Program, generate, named
 from train.data.config import DataConfig
 from train.model.config import ModelConfig
@@ -281,6 +282,9 @@ class Recipe:
         self._check_model()
         self._check_precision()
         self._check_fp8()
+        if self.parallel.dispatch == "deepep":
+            model = self.model
+            check_deepep(model.hidden_size, model.num_experts_per_tok, self.precision, self.parallel.comm_sms)
         return self
 
     @property

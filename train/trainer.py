@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.errors import UserError
+from parallel.experts.build import check_device
 from parallel.mesh import communicator_options
 from parallel.recorder import Recorder
 from parallel.trace import OFF
@@ -241,6 +242,7 @@ def start_process_group(recipe: Recipe) -> torch.device:
     if on_gpu:
         torch.cuda.set_device(device)
     fp8_backend(recipe, device)  # a wrong choice is told before any rank waits for another
+    check_device(recipe.parallel.dispatch, device)
     backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=recipe.parallel.timeout_seconds)
     options = communicator_options(backend, recipe.parallel.comm_sms, timeout)
     if "RANK" in os.environ:

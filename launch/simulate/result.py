@@ -81,9 +81,9 @@ class Result:
         return json.dumps(self.as_json(), indent=1) + "\n"
 
 
-def simulate(recipe: Recipe, sheet: Sheet) -> Result:
-    """One step at the recipe's full batch. Raises `UserError` for a layout that the cluster has no room for."""
-    layout, began = recipe.parallel, time.perf_counter()
+def place(recipe: Recipe, sheet: Sheet) -> None:
+    """Put the recipe's ranks on the nodes of a cluster. Raises `UserError` if there are too few."""
+    layout = recipe.parallel
     if layout.world_size > sheet.gpus:
         raise UserError(
             f"cluster={sheet.name}: it has {sheet.gpus} GPUs; expected a layout of no more, not parallel.pipeline="
@@ -91,12 +91,24 @@ def simulate(recipe: Recipe, sheet: Sheet) -> Result:
         )
     if layout.node_size is None:
         layout.node_size = sheet.node_size
+
+
+def simulate(
+    recipe: Recipe, sheet: Sheet, program: Program | None = None, stages: dict[int, StageWork] | None = None
+) -> Result:
+    """One step at the recipe's full batch. Raises `UserError` for a layout that the cluster has no room for.
+
+    program, stages: the recipe's own, where they are known already.
+    """
+    layout, began = recipe.parallel, time.perf_counter()
+    place(recipe, sheet)
     batch = recipe.train.batch.end
     microbatches = layout.microbatches or recipe.microbatches(batch, "train.batch.end")
-    program = schedule.build(layout.schedule, layout.pipeline, microbatches, layout.chunks)
-    stages = world.study_stages(recipe, program.placement)
+    program = program or schedule.build(layout.schedule, layout.pipeline, microbatches, layout.chunks)
+    stages = stages or world.study_stages(recipe, program.placement)
     timeline = engine.run(program, stages, sheet)
-    mesh = Mesh(layout.pipeline, layout.data, layout.context, layout.expert, rank=0, node_size=layout.node_size)
+    node = layout.node_size or sheet.node_size
+    mesh = Mesh(layout.pipeline, layout.data, layout.context, layout.expert, rank=0, node_size=node)
     ending = update(program, stages, timeline, mesh, sheet, recipe.optim.moments)
     seconds = timeline.seconds + ending.seconds
     tokens = microbatches * layout.data * layout.microbatch_size * recipe.train.sequence_length

@@ -97,38 +97,49 @@ class StageWork:
 
 
 # ---------------------------------------------------------------- seeing it
+class Memory:
+    """Bytes of what is made while somebody tells of it, as long as anybody holds it. peak: the most at a time."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._held = self.peak = 0
+
+    def see(self, given: Any, result: Any) -> None:
+        """An operator has made `result` of `given`; trees of tensors and other things."""
+        known = {each.untyped_storage()._cdata for each in tree_leaves(given) if isinstance(each, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                memory = leaf.untyped_storage()
+                if memory._cdata in known:
+                    continue  # a view
+                if memory._cdata not in self._made or self._made[memory._cdata][0].expired():
+                    self._made[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
+                    self._held += memory.nbytes()
+                    if self._held > self.peak:
+                        self.peak = max(self.peak, self.alive())
+
+    def alive(self) -> int:
+        """Bytes that somebody still holds."""
+        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+        self._held = sum(size for _, size in self._made.values())
+        return self._held
+
+
 class Observer(TorchDispatchMode):
     """Notes every priced operator, and the memory that is alive of all that is made meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operators: list[Operator] = []
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._held = self.peak = 0
+        self.memory = Memory()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         cost = price(func, args, kwargs or {}, result)
         if cost is not None:
             self.operators.append(Operator(func._opname, cost))
-        given = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                memory = leaf.untyped_storage()
-                if memory._cdata in given:
-                    continue  # a view
-                if memory._cdata not in self._made or self._made[memory._cdata][0].expired():
-                    self._made[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
-                    self._held += memory.nbytes()
-                    if self._held > self.peak:
-                        self.peak = self.alive()
+        self.memory.see((args, kwargs), result)
         return result
-
-    def alive(self) -> int:
-        """Bytes made under this observer that somebody still holds."""
-        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
-        self._held = sum(size for _, size in self._made.values())
-        return self._held
 
     def watch(self, one: Pass) -> tuple[list[Event], Any]:
         """Run a pass to its end; returns its events, and its result."""
@@ -175,10 +186,12 @@ def study(
     def forwards() -> tuple[Microbatch, Tape, PassWork, int]:
         one, observer = batch(), Observer()
         tape: Tape = []
-        events, out = observer.watch(forward(stage, None if stage.is_first else hidden(), one, tape))
+        given = None if stage.is_first else hidden()
+        observer.memory.see((), given)  # backward needs what has arrived, too
+        events, out = observer.watch(forward(stage, given, one, tape))
         sent = out.nbytes if out is not None else 0
-        del out
-        return one, tape, PassWork(events, observer.alive(), observer.peak), sent
+        del out, given
+        return one, tape, PassWork(events, observer.memory.alive(), observer.memory.peak), sent
 
     def backwards(one: Microbatch, tape: Tape, split: bool) -> PassWork:
         observer = Observer()
@@ -186,7 +199,7 @@ def study(
         events, _ = observer.watch(backward(stage, grad, one, tape, weights, split))
         if not split:
             events += run_weights(weights.run)
-        return PassWork(events, observer.alive(), observer.peak)
+        return PassWork(events, observer.memory.alive(), observer.memory.peak)
 
     def run_weights(run: Callable[[], None]) -> list[Event]:
         observer = Observer()

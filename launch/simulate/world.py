@@ -7,6 +7,7 @@ answers for tokens that go round all experts alike, each to as many groups as th
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -43,28 +44,50 @@ def fake_world(ranks: int, rank: int = 0) -> Iterator[None]:
 class Balanced:
     """What a dispatcher reads of its row counts, were tokens spread over experts as evenly as the router's rule allows.
 
-    tokens: of a micro-batch. chosen: experts of a token. groups: nodes that a token may reach.
+    What does not divide goes round in such a way that each rank expects what the others give. chosen: experts of a
+    token. groups: nodes that a token may reach.
     """
 
-    def __init__(self, dispatcher: Dispatcher, tokens: int, chosen: int, groups: int) -> None:
-        self.dispatcher, self.tokens, self.chosen, self.groups = dispatcher, tokens, chosen, groups
+    def __init__(self, dispatcher: Dispatcher, chosen: int, groups: int) -> None:
+        self.dispatcher, self.chosen, self.groups = dispatcher, chosen, groups
+        self._dispatch, self.tokens = dispatcher.dispatch, 0
+
+    def dispatch(self, x_TD: Tensor, *routing: Any) -> Any:
+        """`Dispatcher.dispatch`, whose tokens are counted: an MTP module has fewer of them."""
+        self.tokens = len(x_TD)
+        return self._dispatch(x_TD, *routing)
 
     def __call__(self, counts: Tensor) -> list[int]:
         one, rows = self.dispatcher, self.tokens * self.chosen
         if isinstance(one, Hierarchical):
             copies = self.tokens * min(self.groups, one.nodes, self.chosen)
-            out = _even(copies, one.chunks * one.nodes)
-            on = _even(rows, one.chunks * one.places)
+            out = [n for part in _even(copies, one.chunks) for n in _even(part, one.nodes, one.node)]
+            on = [n for part in _even(rows, one.chunks) for n in _even(part, one.places, one.place)]
             return [*out, *out, *on, *on, *_even(rows, one.in_rank)]
         if isinstance(one, AllToAll):
-            each = _even(rows, one.size)
+            each = _even(rows, one.size, one.channel.group.rank())
             return [*each, *each, *_even(rows, one.experts // one.size)]
         return _even(rows, len(counts))
 
 
-def _even(total: int, parts: int) -> list[int]:
-    """`total` in parts that differ by one at most."""
-    return [total * (part + 1) // parts - total * part // parts for part in range(parts)]
+def _even(total: int, parts: int, turn: int = 0) -> list[int]:
+    """`total` in parts that differ by one at most; turned, so that part i of turn j is part j of turn i."""
+    ends = [total * part // parts for part in range(parts + 1)]
+    return [ends[i + 1] - ends[i] for i in ((part + turn) % parts for part in range(parts))]
+
+
+@contextmanager
+def balanced(dispatcher: Dispatcher, recipe: Recipe) -> Iterator[None]:
+    """The dispatcher's hosts are told `Balanced` counts, and what it relays is passed on at once."""
+    counts = Balanced(dispatcher, recipe.model.num_experts_per_tok, recipe.model.topk_group)
+    with (
+        patch.object(dispatcher, "dispatch", counts.dispatch),
+        patch.object(all_to_all, "host_counts", counts),
+        patch.object(hierarchical, "host_counts", counts),
+        patch.object(local, "host_counts", counts),
+        patch.object(hierarchical, "Relay", Inline),
+    ):
+        yield
 
 
 class Inline:
@@ -77,13 +100,18 @@ class Inline:
         """All is there."""
 
 
-def study_stages(recipe: Recipe, placement: tuple[tuple[int, ...], ...]) -> dict[int, StageWork]:
-    """What each stage's passes consist of. Stages of the same layers are looked at once."""
+def study_stages(
+    recipe: Recipe, placement: tuple[tuple[int, ...], ...], seen: dict[tuple[object, ...], StageWork] | None = None
+) -> dict[int, StageWork]:
+    """What each stage's passes consist of. Stages of the same layers are looked at once.
+
+    seen: those that were looked at before, by (first, last, whether each layer has experts); grows.
+    """
     layout, model = recipe.parallel, recipe.model
     stages = 1 + max(stage for held in placement for stage in held)
     shape = (layout.microbatch_size, recipe.train.sequence_length, model.hidden_size)
     found: dict[int, StageWork] = {}
-    seen: dict[tuple[object, ...], StageWork] = {}
+    seen = {} if seen is None else seen
     with fake_world(layout.world_size):
         node = layout.node_size or layout.world_size
         mesh = Mesh(layout.pipeline, layout.data, layout.context, layout.expert, rank=0, node_size=node)
@@ -100,13 +128,7 @@ def study_stages(recipe: Recipe, placement: tuple[tuple[int, ...], ...]) -> dict
         )
         layers = split_layers(model, stages, layout.layers_per_stage)
         experts = 0, model.n_routed_experts // layout.expert
-        counts = Balanced(dispatcher, shape[0] * shape[1], model.num_experts_per_tok, model.topk_group)
-        with (
-            patch.object(all_to_all, "host_counts", counts),
-            patch.object(hierarchical, "host_counts", counts),
-            patch.object(local, "host_counts", counts),
-            patch.object(hierarchical, "Relay", Inline),
-        ):
+        with balanced(dispatcher, recipe):
             for number, held in enumerate(layers):
                 key = (number == 0, number == stages - 1, *(model.is_moe(layer) for layer in held))
                 if key not in seen:

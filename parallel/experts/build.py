@@ -1,13 +1,16 @@
 """Which dispatcher a layout gets: the recipe's `parallel.dispatch`, made for this rank of the mesh."""
 
+import torch
+
 from parallel.errors import UserError
+from parallel.experts import deepep
 from parallel.experts.all_to_all import AllToAll
 from parallel.experts.dispatch import Dispatcher, Limit, no_limit
 from parallel.experts.hierarchical import Hierarchical
 from parallel.experts.local import LocalExperts
 from parallel.mesh import Mesh
 
-CHOICES = ("auto", "local", "all_to_all", "hierarchical")
+CHOICES = ("auto", "local", "all_to_all", "hierarchical", "deepep")
 
 
 def choose(choice: str, expert: int, node_size: int) -> str:
@@ -28,7 +31,15 @@ def choose(choice: str, expert: int, node_size: int) -> str:
             f"parallel.dispatch=hierarchical: expected parallel.expert={expert} to be a multiple or a divisor of "
             f"parallel.node_size={node_size}, so that an expert group has equally many ranks on each of its nodes"
         )
+    if choice == "deepep":
+        deepep.check_group(expert, node_size)
     return choice
+
+
+def check_device(choice: str, device: torch.device) -> None:
+    """Raise `UserError` for a dispatcher that cannot run on `device`."""
+    if choice == "deepep":
+        deepep.check_device(device)
 
 
 def build(
@@ -50,6 +61,8 @@ def build(
     group = mesh.group(mesh.expert_ranks(), "all-to-all")
     if choice == "all_to_all":
         return AllToAll(experts, group, mesh.expert_nodes(), fp8, align, limit)
+    if choice == "deepep":
+        return deepep.DeepEP(experts, group, fp8, align, limit, mesh.comm_sms)
     mesh.connect_nodes()
     across = mesh.group(mesh.across_nodes(), "across nodes")
     inside = mesh.group(mesh.in_node(), "in node")

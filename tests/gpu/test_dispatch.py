@@ -1,4 +1,6 @@
-"""On a GPU, two hops give what the local permutation gives, and the host waits for row counts only. `make test-gpu`."""
+"""On a GPU, dispatch gives what the local permutation gives; the host waits for row counts only. `make test-gpu`."""
+
+import importlib.util
 
 import pytest
 import torch
@@ -6,8 +8,9 @@ import torch.distributed as dist
 
 from parallel.experts import LocalExperts, all_to_all, build, hierarchical
 from parallel.mesh import Mesh
+from tests.parallel.test_deepep import made_of
 from tests.parallel.test_experts import every_direction
-from tests.parallel.test_hierarchical import EXPERTS, Tokens, tokens_of
+from tests.parallel.test_hierarchical import CASES, EXPERTS, Tokens, connected, end_to_end, tokens_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,3 +54,28 @@ def test_rows_travel_on_a_gpu_and_the_host_reads_once(alone, monkeypatch, choice
     assert len(reads) == 1 and found == counts
     for name, value in expected.items():
         assert torch.equal(results[name], value), name
+
+
+def through_deepep(fp8):
+    """Results and counts of each case on this rank, which has a GPU of its own."""
+    rank, found = dist.get_rank(), {}
+    torch.cuda.set_device(rank)
+    dispatcher = build("deepep", connected(1), EXPERTS, fp8)
+    for case in CASES:
+        own = made_of(case, dist.get_world_size(), fp8, True)[rank]
+        there = Tokens(*(getattr(own, name).cuda() for name in Tokens.__dataclass_fields__))
+        results, counts, _ = every_direction(dispatcher, there)
+        found[case] = {name: value.cpu() for name, value in results.items()}, counts
+    return found
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deep_ep") is None, reason="needs the package deep_ep")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_deepep_gives_what_one_rank_with_all_experts_gives(workers, fp8):
+    parts = workers(2).run(through_deepep, fp8)
+    for case in CASES:
+        expected, counts, _ = every_direction(LocalExperts(EXPERTS), end_to_end(made_of(case, 2, fp8, True)))
+        assert [count for part in parts for count in part[case][1]] == counts
+        for name, whole in expected.items():
+            assert torch.equal(torch.cat([part[case][0][name] for part in parts]), whole), (case, name)

@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_page_has_rows_and_files():
-    assert len(ROWS) > 50 and len(FILES) == 6
+    assert len(ROWS) > 50 and len(FILES) == 7
 
 
 @pytest.mark.parametrize(("command", "message"), ROWS, ids=[command for command, _ in ROWS])
