@@ -23,6 +23,7 @@ from torch import Tensor
 from kernels.fp8 import BLOCKS, COLUMNS, ROWS, fp8_linear, fp8_linear_dgrad, fp8_linear_wgrad
 from kernels.fp8.formats import dequantize, join, quantize, split, tile_scales
 from tests.benchmarks.one_process import Batches, OneProcess, recipe_of, start_world_of_one
+from train.engine import loss_scale
 
 K = 4096
 BATCHES = {"sum of losses": 1, "mean over 2,048 tokens": 2048, "mean over 62.9 million tokens": 15360 * 4096}
@@ -169,7 +170,7 @@ def real_gradients(steps: int, *overrides: str) -> dict[str, tuple[Tensor, Tenso
     tokens = rows[:, 1:].numel()
     lengths = {name: dy.norm(dim=1) for name, (dy, _) in caught.items()}
     heard = {name: length > 1e-4 * length.median() for name, length in lengths.items()}
-    return {name: (dy[heard[name]] * tokens, w) for name, (dy, w) in caught.items()}
+    return {name: (dy[heard[name]] * (tokens / loss_scale(tokens)), w) for name, (dy, w) in caught.items()}
 
 
 def control(dy: Tensor, weight: Tensor, tile: Tile) -> Loss:
