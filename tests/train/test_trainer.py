@@ -146,7 +146,7 @@ def test_torchrun_does_the_same_as_weft_train(corpus, tmp_path):
     assert records(tmp_path / "weft", "evaluations.jsonl") == records(tmp_path / "torchrun", "evaluations.jsonl")
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "hierarchical"])
+@pytest.mark.parametrize("dispatch", ["all_to_all", pytest.param("hierarchical", marks=pytest.mark.slow)])
 def test_more_rows_than_the_memory_plan_allows_end_the_run_with_one_message(corpus, tmp_path, dispatch):
     """No router is balanced to the row: one of four ranks receives more, and the others do not wait for it."""
     words = [*corpus, f"parallel.dispatch={dispatch}", "parallel.node_size=1", "parallel.max_rows_factor=1.0"]
