@@ -117,12 +117,12 @@ def as_rank(recipe: Any, cluster: Any, flags: argparse.Namespace) -> int:
 
 def plan(recipe: Any, flags: argparse.Namespace) -> int:
     """The layouts that the cluster could run the recipe in, and the best of them as a recipe."""
-    from launch.simulate import plan, sheet
+    from launch.simulate import layouts, plan, sheet
     from train.compose import save
 
     recipe.validate(data=False)
     cluster = sheet.read(flags.cluster)
-    precisions, gpus = plan.choices(recipe, cluster, flags.any_precision), None
+    precisions, gpus = layouts.choices(recipe, cluster, flags.any_precision), None
     if flags.gpus is not None:
         if not (flags.gpus.isdecimal() and 0 < int(flags.gpus) <= cluster.gpus):
             raise UserError(f"gpus={flags.gpus}: expected a number from 1 to the cluster's {cluster.gpus}")

@@ -14,9 +14,9 @@ from parallel.mesh import Mesh
 from parallel.replicas import homes
 from parallel.schedule import Program
 from parallel.schedule.program import Instruction, passes
+from train.optim import MOMENTS
 
 FRAGMENTED = 0.04  # of what comes and goes; PyTorch's caching allocator, expandable segments on
-MOMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def stays(
         parts["parameters"] += work.parameter_size * (work.dense + tied + work.experts)
         parts["quantised weights"] += work.cached
         parts["gradients"] += work.gradient_size * (work.dense + tied + work.experts)
-        state = work.gradient_size + 2 * MOMENT_BYTES[moments]
+        state = work.gradient_size + 2 * MOMENTS[moments].itemsize
         copies = (work.dense, places, None), (tied, homes(program.placement, users), None), (work.experts, places, 0)
         for count, positions, rank in copies:
             parts["optimizer"] += state * count / len(mesh.replicas(positions, rank)) if count else 0.0

@@ -1,83 +1,33 @@
 """Which layout of a recipe costs least on a cluster, and why the others cost more or do not fit.
 
-A `Layout` is what may be chosen without changing what is learnt: widths of pipeline, data and experts, the schedule,
-the micro-batch, what is recomputed and how tokens are dispatched. The recipe itself says which are legal, `result` what
-they cost. First all layouts are priced with the recipe's own recomputation and dispatch; then the best are tried
-with others. Nothing is dropped in silence: each `Plan` that is no choice has its reason.
+`layouts` says what may be chosen, the recipe itself which of it is legal, `result` what it costs. First all layouts are
+priced with the recipe's own recomputation and dispatch; then the best are tried with others. Nothing is dropped in
+silence: each `Plan` that is no choice has its reason.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from copy import deepcopy
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
-from math import gcd
 from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
 
-from kernels.recompute import CHOICES
 from launch.simulate.layers import Studies
+from launch.simulate.layouts import Layout, distance, layouts, variants, world_size
 from launch.simulate.memory import stays
 from launch.simulate.result import Result, place, simulate
 from launch.simulate.sheet import Sheet
 from launch.simulate.work import StageWork
 from parallel import schedule
 from parallel.errors import UserError
-from parallel.experts.build import choose
 from parallel.mesh import Mesh
-from parallel.schedule import SCHEDULES, Program, ProgramError
-from train.recipe import PRECISIONS, Recipe
+from parallel.schedule import Program, ProgramError
+from train.recipe import Recipe
 
 GIB = 2**30
 REFINED = 3  # of the layouts that fit, and of those that do not: tried with other recomputation and dispatch
-SEQUENCES = (1, 2, 4, 8)  # of a micro-batch
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a plan chooses, under the names of the recipe's keys."""
-
-    pipeline: int
-    data: int
-    expert: int
-    schedule: str
-    chunks: int
-    microbatch_size: int
-    dispatch: str
-    recompute: tuple[str, ...]
-    precision: str
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> "Layout":
-        """The recipe's own."""
-        p = recipe.parallel
-        own = p.pipeline, p.data, p.expert, p.schedule, p.chunks, p.microbatch_size, p.dispatch
-        return cls(*own, _sorted(recipe.train.recompute), recipe.precision)
-
-    def applied(self, recipe: Recipe) -> Recipe:
-        """A copy of `recipe` in this layout; a given split of layers stays only with the stages that it was for."""
-        mine, own = deepcopy(recipe), Layout.of(recipe)
-        chosen = asdict(self)
-        mine.precision, mine.train.recompute = chosen.pop("precision"), list(chosen.pop("recompute"))
-        for key, value in chosen.items():
-            setattr(mine.parallel, key, value)
-        if (self.pipeline, self.schedule, self.chunks) != (own.pipeline, own.schedule, own.chunks):
-            mine.parallel.layers_per_stage = None
-        if (self.data, self.microbatch_size) != (own.data, own.microbatch_size):
-            mine.parallel.microbatches = None
-        return mine
-
-    def __str__(self) -> str:
-        chunks = f" of {self.chunks} chunks" if SCHEDULES[self.schedule].chunked else ""
-        dispatch = "" if self.dispatch == "auto" else f", {self.dispatch}"
-        again = "+".join(self.recompute) or "nothing"
-        return (
-            f"PP {self.pipeline} x DP {self.data}, EP {self.expert}{dispatch}, {self.schedule}{chunks}, "
-            f"micro-batch {self.microbatch_size}, recompute {again}, {self.precision}"
-        )
 
 
 @dataclass
@@ -128,66 +78,6 @@ class Planning:
     def to_json(self) -> str:
         """`as_json` as text."""
         return json.dumps(self.as_json(), indent=1) + "\n"
-
-
-# ---------------------------------------------------------------- what could be chosen
-def world_size(recipe: Recipe, sheet: Sheet, most: int | None = None) -> int:
-    """The most GPUs of the cluster, whole nodes or a part of one, over which pipelines can share out the batch.
-
-    most: not more than so many.
-    """
-    room = min(most or sheet.gpus, sheet.gpus)
-    quantum, stages = recipe.train.batch.multiple_of, recipe.model.num_hidden_layers
-    shares = [data for data in range(1, quantum + 1) if quantum % data == 0]
-    sizes = {pipeline * data for pipeline in range(1, stages + 1) for data in shares}
-    return max(s for s in sizes if s <= room and (s % sheet.node_size == 0 or sheet.node_size % s == 0))
-
-
-def layouts(recipe: Recipe, gpus: int, precisions: Iterable[str]) -> Iterator[Layout]:
-    """Every layout of `gpus` ranks with the recipe's own recomputation and dispatch, legal or not."""
-    own, layers = Layout.of(recipe), recipe.model.num_hidden_layers
-    for pipeline in _divisors(gpus):
-        if pipeline > layers:
-            continue
-        data = gpus // pipeline
-        for name, kind in SCHEDULES.items():
-            for chunks in range(2, max(2, min(4, layers // pipeline)) + 1) if kind.chunked else [own.chunks]:
-                for expert in _divisors(gcd(data, recipe.model.n_routed_experts)):
-                    for size in SEQUENCES:
-                        for precision in precisions:
-                            yield replace(
-                                own,
-                                pipeline=pipeline,
-                                data=data,
-                                expert=expert,
-                                schedule=name,
-                                chunks=chunks,
-                                microbatch_size=size,
-                                precision=precision,
-                            )
-
-
-def choices(recipe: Recipe, sheet: Sheet, any_precision: bool) -> list[str]:
-    """The precisions to choose from: the recipe's own, or all for whose products the sheet has a curve."""
-    return sorted({recipe.precision, *sheet.products} & {*PRECISIONS}) if any_precision else [recipe.precision]
-
-
-def variants(layout: Layout, node_size: int, fits: bool) -> list[Layout]:
-    """The layout with other recomputation and dispatch: with less of it if it `fits`, else with more."""
-    partial = [c for c in CHOICES if c != "layer"]
-    sets = [set(chosen) for count in range(len(partial) + 1) for chosen in combinations(partial, count)]
-    sets.append({"layer"})
-    mine = set(layout.recompute)
-
-    def more(those: set[str], these: set[str]) -> bool:
-        return "layer" in those or ("layer" not in these and those >= these)
-
-    recomputes = [_sorted(each) for each in sets if (more(mine, each) if fits else more(each, mine))]
-    dispatches = [layout.dispatch]
-    if choose("auto", layout.expert, node_size) == "hierarchical":
-        dispatches = list(dict.fromkeys([layout.dispatch, "auto", "all_to_all"]))
-    found = [replace(layout, recompute=r, dispatch=d) for d in dispatches for r in recomputes]
-    return [each for each in found if each != layout]
 
 
 # ---------------------------------------------------------------- pricing
@@ -315,16 +205,14 @@ def plan(
             plans[layout], found = pricer.price(layout, best)
             if found is not None:
                 results[layout] = found
-                if not plans[layout].kind and _gpus(layout) == gpus:
+                if not plans[layout].kind and layout.gpus == gpus:
                     best = min(best or found.step_seconds, found.step_seconds)
 
     priced([own], "the recipe's own layout")
     own_plan, own_found = plans[own], results.get(own)
-    chosen = sorted(
-        layouts(recipe, gpus, list(precisions) or [recipe.precision]), key=lambda each: _distance(each, own)
-    )
+    chosen = sorted(layouts(recipe, gpus, list(precisions) or [recipe.precision]), key=lambda each: distance(each, own))
     priced(chosen, "layouts")
-    ranked = sorted((each for each in results if _gpus(each) == gpus), key=lambda each: _seconds(plans, each))
+    ranked = sorted((each for each in results if each.gpus == gpus), key=lambda each: _seconds(plans, each))
     refined: Counter[bool] = Counter()
     for layout in ranked:
         fits = not plans[layout].kind
@@ -361,7 +249,7 @@ def plan(
 def _front(fitting: list[Plan], gpus: int) -> list[Plan]:
     """Those that no other beats in both time and memory, fastest first."""
     found: list[Plan] = []
-    same = [each for each in fitting if _gpus(each.layout) == gpus]
+    same = [each for each in fitting if each.layout.gpus == gpus]
     for each in sorted(same, key=lambda plan: (plan.seconds, plan.memory, str(plan.layout))):
         if not found or (each.memory or 0) < (found[-1].memory or 0):
             found.append(each)
@@ -369,8 +257,8 @@ def _front(fitting: list[Plan], gpus: int) -> list[Plan]:
 
 
 def _beaten(plan: Plan, front: list[Plan], gpus: int) -> tuple[str, str]:
-    if _gpus(plan.layout) != gpus:
-        return "another number of GPUs", f"uses {_gpus(plan.layout):,} GPUs of {gpus:,}"
+    if plan.layout.gpus != gpus:
+        return "another number of GPUs", f"uses {plan.layout.gpus:,} GPUs of {gpus:,}"
     better = next(e for e in front if (e.seconds or 0) <= (plan.seconds or 0) and (e.memory or 0) <= (plan.memory or 0))
     slower = (plan.seconds or 0) - (better.seconds or 0)
     more = (plan.memory or 0) - (better.memory or 0)
@@ -394,12 +282,12 @@ def explain(found: Planning) -> str:
     mine = Layout.of(own.recipe)
     own_fits = _peak(own) <= sheet.memory_bytes
     if not found.better:
-        if mine != chosen and _gpus(mine) != found.gpus:
+        if mine != chosen and mine.gpus != found.gpus:
             return (
                 f"The best plan of {found.gpus:,} GPUs, {chosen}, takes {winner.step_seconds:.3f} s a step; the "
-                f"recipe's own layout of {_gpus(mine):,}, {mine}, takes {own.step_seconds:.3f} s and needs fewer "
+                f"recipe's own layout of {mine.gpus:,}, {mine}, takes {own.step_seconds:.3f} s and needs fewer "
                 f"GPU-hours: {own.gpu_hours_per_trillion_tokens / 1e3:.1f} K for 1 T tokens, not "
-                f"{winner.gpu_hours_per_trillion_tokens / 1e3:.1f} K. gpus={_gpus(mine)} plans for that many."
+                f"{winner.gpu_hours_per_trillion_tokens / 1e3:.1f} K. gpus={mine.gpus} plans for that many."
             )
         second = next((p for p in found.front if p.layout != mine), None)
         other = f" The next on the front, {second.layout}, takes {second.seconds:.3f} s." if second else ""
@@ -475,18 +363,6 @@ def text(found: Planning, top: int = 12) -> str:
 
 
 # ---------------------------------------------------------------- small things
-def _sorted(chosen: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted(set(chosen), key=CHOICES.index))
-
-
-def _gpus(layout: Layout) -> int:
-    return layout.pipeline * layout.data
-
-
-def _divisors(number: int) -> list[int]:
-    return [each for each in range(1, number + 1) if number % each == 0]
-
-
 def _largest(found: Result) -> Any:
     return max(found.memory, key=lambda peak: peak.total)
 
@@ -506,17 +382,3 @@ def _saved(plan: Plan, other: Plan) -> float:
 def _mesh(recipe: Recipe) -> Mesh:
     p = recipe.parallel
     return Mesh(p.pipeline, p.data, p.context, p.expert, rank=0, node_size=p.node_size or p.world_size)
-
-
-def _distance(layout: Layout, own: Layout) -> tuple[Any, ...]:
-    """How far from the recipe's own layout: near ones first, so that a bound is known early, and stages are shared."""
-    return (
-        layout.precision != own.precision,
-        layout.microbatch_size,
-        abs(layout.expert.bit_length() - own.expert.bit_length()),
-        layout.expert,
-        abs(layout.pipeline.bit_length() - own.pipeline.bit_length()),
-        layout.pipeline,
-        list(SCHEDULES).index(layout.schedule),
-        layout.chunks,
-    )

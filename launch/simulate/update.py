@@ -16,8 +16,7 @@ from parallel.mesh import Mesh
 from parallel.replicas import homes
 from parallel.schedule import Program
 from parallel.schedule.program import passes
-
-UPDATE_BYTES = {"fp32": 2 * 3 * 4, "bf16": 2 * (4 + 2 + 2)}  # masters and moments, read and written, by moments' dtype
+from train.optim import MOMENTS
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def update(
                     done[stage] = max(done.get(stage, 0.0), slot.end)
     latest, optimizer, gather, quantise = 0.0, 0.0, 0.0, 0.0
     for held in program.placement:
-        card = elements = 0.0
+        card = touched = 0.0
         seconds = {"gather": 0.0, "quantise": 0.0}
         for stage in sorted({*held}, key=lambda number: done[number]):
             work, places = stages[stage], homes(program.placement, {stage})
@@ -67,9 +66,10 @@ def update(
                 ranks = mesh.replicas(places, rank)
                 card = max(card, done[stage]) + ring(work.gradient_size * count, ranks, mesh, sheet)
                 seconds["gather"] += ring(work.parameter_size * count, ranks, mesh, sheet)
-                elements += count / len(ranks)
+                state = work.gradient_size + 2 * MOMENTS[moments].itemsize  # master and moments, read and written
+                touched += count / len(ranks) * (2 * state + work.gradient_size + work.parameter_size)
             seconds["quantise"] += sum(sheet.seconds(one.cost, one.name) for one in work.once)
         latest = max(latest, card)
-        optimizer = max(optimizer, elements * (UPDATE_BYTES[moments] + 4 + 2) / sheet.memory)
+        optimizer = max(optimizer, touched / sheet.memory)
         gather, quantise = max(gather, seconds["gather"]), max(quantise, seconds["quantise"])
     return Update(max(0.0, latest - timeline.seconds), optimizer, gather, quantise)

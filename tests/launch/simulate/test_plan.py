@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from launch import cli
-from launch.simulate import plan, sheet, world
+from launch.simulate import layouts, plan, sheet, world
 from launch.simulate.layers import Studies
-from launch.simulate.plan import Layout, variants
+from launch.simulate.layouts import Layout, variants
 from launch.simulate.race import race
 from parallel import schedule
 from train.compose import compose
@@ -95,9 +95,9 @@ def test_variants_recompute_more_or_less_and_try_other_dispatch():
 
 def test_the_cluster_is_filled_as_far_as_the_batch_can_be_shared_out(h800):
     v3 = compose(["recipe=v3", "data.path=none"])
-    assert plan.world_size(v3, h800) == 2048
-    assert plan.world_size(v3, h800, 2047) == 1984  # 31 positions of 64 pipelines
-    assert plan.world_size(compose(["recipe=tiny"]), h800, 6) == 4
+    assert layouts.world_size(v3, h800) == 2048
+    assert layouts.world_size(v3, h800, 2047) == 1984  # 31 positions of 64 pipelines
+    assert layouts.world_size(compose(["recipe=tiny"]), h800, 6) == 4
 
 
 def test_the_best_plan_is_a_recipe_that_others_take(found, capsys, tmp_path):
