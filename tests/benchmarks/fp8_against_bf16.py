@@ -5,8 +5,9 @@ micro-batch split: numbers that differ only in the order of sums, which is the n
 of each BF16 run, FP8 also computes the loss and the gradients from the run's own weights and batch: what quantisation
 does to one step, before chaos has its say. Source of the claim: report section 3.3 and appendix B.1.
 
-A run is named `kind:seed`; FILE has one line of JSON for each that has ended. Runs in FILE are not repeated, and
-several processes may share the work: `--only fp8:0 bf16:0`, and the others elsewhere.
+A run is named `kind:seed`; FILE has one line of JSON for each that has ended. Runs in FILE are not repeated, one that
+was stopped goes on from its last hundredth step, and several processes may share the work: `--only fp8:0 bf16:0`, and
+the others elsewhere.
 """
 
 import argparse
@@ -36,13 +37,20 @@ def recipe_for(kind: str, seed: int, steps: int) -> Recipe:
     return stretched(recipe_of(*KINDS[kind], f"train.seed={seed}"), steps)
 
 
-def train(kind: str, seed: int, steps: int, batches: Batches) -> dict[str, Any]:
-    """One run: its loss step by step; of BF16 also what FP8 makes of its first, an inner and its last step."""
+def train(kind: str, seed: int, steps: int, batches: Batches, unfinished: Path) -> dict[str, Any]:
+    """One run: its loss step by step; of BF16 also what FP8 makes of its first, an inner and its last step.
+
+    unfinished: the file that keeps its state while it runs.
+    """
     run = OneProcess(recipe_for(kind, seed, steps))
     probed = {1, min(LAST, steps), steps} if kind == "bf16" else set()
     twin = OneProcess(recipe_for("fp8", seed, steps)) if probed else None
     losses, probes = [], {}
-    for step in range(steps):
+    if unfinished.exists():
+        kept = torch.load(unfinished)
+        losses, probes = kept["losses"], kept["probes"]
+        run.restore(kept["state"])
+    for step in range(len(losses), steps):
         rows = batches(step, seed)
         totals = run.gradients(step, rows)
         if twin and step + 1 in probed:
@@ -51,6 +59,9 @@ def train(kind: str, seed: int, steps: int, batches: Batches) -> dict[str, Any]:
         losses.append(totals.losses["loss"])
         if (step + 1) % 10 == 0:
             print(f"{kind}:{seed}  step {step + 1}/{steps}  loss {losses[-1]:.4f}", flush=True)
+        if (step + 1) % LAST == 0:
+            torch.save({"losses": losses, "probes": probes, "state": run.state()}, unfinished)
+    unfinished.unlink(missing_ok=True)
     return {"kind": kind, "seed": seed, "steps": steps, "losses": losses, "probes": probes}
 
 
@@ -177,7 +188,8 @@ def main() -> None:
     for name in options.only or [f"{kind}:{seed}" for seed in range(options.seeds) for kind in KINDS]:
         kind, seed = name.split(":")
         if (kind, int(seed)) not in read(options.out):
-            append(options.out, train(kind, int(seed), options.steps, batches))
+            unfinished = options.out.with_suffix(f".{kind}-{seed}.pt")
+            append(options.out, train(kind, int(seed), options.steps, batches, unfinished))
 
 
 if __name__ == "__main__":

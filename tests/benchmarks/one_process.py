@@ -5,6 +5,7 @@ the trainer's loop, and the rows are the recipe's own real text in the order of 
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,6 +84,26 @@ class OneProcess:
         applied, _ = self.engine.update(lr, piecewise(self.recipe.train.bias_speed, began), totals)
         if not applied:
             raise FloatingPointError(f"step {step}: the gradient is not finite")
+
+    def state(self) -> dict[str, Any]:
+        """What steps change, as plain tensors that share this process's memory."""
+        state = self.engine.optimizer.state_dict()
+        plain = {
+            f"{kind}.{name}": shard.local
+            for kind, shards in state.items()
+            if isinstance(shards, dict)
+            for name, shard in shards.items()
+        }
+        biases = {f"bias.{layer}": router.e_score_correction_bias for layer, router in self.engine.routers().items()}
+        return {**plain, **biases, "applied_steps": state["applied_steps"]}
+
+    @torch.no_grad()
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        for name, tensor in self.state().items():
+            tensor.copy_(saved[name])
+        self.engine.optimizer.load_state_dict(saved)
+        self.engine.numerics.bump()
 
     def step(self, step: int, rows: Tensor) -> float:
         """A whole step; returns its mean loss."""
