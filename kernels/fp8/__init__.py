@@ -57,8 +57,24 @@ def fp8_quantize(x: Tensor, tile: list[int], power_of_two: bool, backend: str = 
     fake=lambda codes, scales, tile, dtype, backend="auto": torch.empty_like(codes, dtype=dtype),
 )
 def fp8_dequantize(codes: Tensor, scales: Tensor, tile: list[int], dtype: torch.dtype, backend: str = "auto") -> Tensor:
-    """`formats.dequantize`, rounded to `dtype`; in BF16 with power-of-two scales nothing is rounded."""
-    return _cast(codes, backend, "dequantize").dequantize(codes, scales, (tile[0], tile[1])).to(dtype)
+    """`formats.dequantize` of codes in tiles of 1x128, 128x1 or 128x128."""
+    return _cast(codes, backend, "dequantize").dequantize(codes, scales, (tile[0], tile[1]), dtype)
+
+
+@op(
+    cost=lambda codes, scale_bytes, order, dtype, backend="auto": Cost(
+        len(order) * codes.shape[1],
+        len(order) * (codes.shape[1] * (1 + dtype.itemsize) + scale_bytes.shape[1]) + size(order),
+    ),
+    fake=lambda codes, scale_bytes, order, dtype, backend="auto": codes.new_empty(
+        len(order), codes.shape[1], dtype=dtype
+    ),
+)
+def fp8_gather_dequantize(
+    codes: Tensor, scale_bytes: Tensor, order: Tensor, dtype: torch.dtype, backend: str = "auto"
+) -> Tensor:
+    """`formats.gather_dequantize`: rows that travelled, put in order and dequantised in one pass."""
+    return _cast(codes, backend, "gather_dequantize").gather_dequantize(codes, scale_bytes, order, dtype)
 
 
 def _fake_requantize(codes: Tensor, scales: Tensor, counts: list[int], backend: str = "auto") -> tuple[Tensor, Tensor]:

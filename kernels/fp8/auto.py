@@ -42,10 +42,20 @@ def quantize(x: Tensor, tile: tuple[int, int], power_of_two: bool = False) -> tu
     return _best("quantize", key, x.device, lambda backend: backend.quantize(x, tile, power_of_two))
 
 
-def dequantize(codes: Tensor, scales: Tensor, tile: tuple[int, int]) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, tile: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
     """`formats.dequantize`."""
     key = f"{tile[0]}x{tile[1]} of {_bucket(codes.shape[-2])} x {codes.shape[-1]}"
-    return _best("dequantize", key, codes.device, lambda backend: backend.dequantize(codes, scales, tile))
+    return _best("dequantize", key, codes.device, lambda backend: backend.dequantize(codes, scales, tile, dtype))
+
+
+def gather_dequantize(codes: Tensor, scale_bytes: Tensor, order: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`formats.gather_dequantize`."""
+    return _best(
+        "gather_dequantize",
+        f"{_bucket(len(order))} x {codes.shape[1]}",
+        codes.device,
+        lambda backend: backend.gather_dequantize(codes, scale_bytes, order, dtype),
+    )
 
 
 def requantize(codes: Tensor, scales: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 
 from kernels.fp8 import formats
 
-QUANTISATIONS = ("quantize", "dequantize", "requantize")
+QUANTISATIONS = ("quantize", "dequantize", "gather_dequantize", "requantize")
 GEMMS = ("linear", "linear_dgrad", "linear_wgrad")
 GROUPED = ("grouped_linear", "grouped_dgrad", "grouped_wgrad")
 OPERATIONS = (*QUANTISATIONS, *GEMMS, *GROUPED)
@@ -68,7 +68,6 @@ BACKENDS: dict[str, Backend] = {
         **_HOPPER,
     ),
     "triton": Backend(
-        operations=("quantize", "requantize", *GEMMS, *GROUPED),
         package="triton",
         install="pip install triton (torch for CUDA brings it)",
         **_TENSOR_CORES,

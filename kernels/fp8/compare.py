@@ -111,6 +111,14 @@ class Case:
     def _dequantize(self, module: ModuleType) -> list[Tensor]:
         return [module.dequantize(*self.x_codes, ROWS)]
 
+    def _gather_dequantize(self, module: ModuleType) -> list[Tensor]:
+        codes, scales = self.x_codes
+        bytes_of = [each.contiguous().view(torch.uint8) for each in (codes, scales)]
+        rows = torch.cat([*bytes_of, bytes_of[0][:, :2]], 1)  # as they travel, at odd places
+        order = torch.randint(len(rows), (2 * len(rows),), generator=self.generator, device=self.device)
+        travelled = rows[:, : codes.shape[1]].view(codes.dtype), rows[:, codes.shape[1] : -2]
+        return [module.gather_dequantize(*travelled, order, self.dtype)]
+
     def _requantize(self, module: ModuleType) -> list[Tensor]:
         return list(module.requantize(*self.x_codes, [self.x.shape[0]]))
 

@@ -49,16 +49,44 @@ def quantize(x: Tensor, tile: tuple[int, int], power_of_two: bool = False) -> tu
     return join(codes, R, C), scales.squeeze(-1).squeeze(-2)
 
 
-def dequantize(codes: Tensor, scales: Tensor, tile: tuple[int, int]) -> Tensor:
-    """code x scale of its tile in FP32: the shape of `codes` [..., R, C], with scales as `quantize` returns them.
+def dequantize(codes: Tensor, scales: Tensor, tile: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """code x scale of its tile in FP32, rounded to `dtype`: the shape of `codes` [..., R, C].
 
+    scales: as `quantize` returns them; in BF16 with powers of two nothing is rounded.
     Raises ValueError if there is not one scale for each tile.
     """
+    check_scales(codes, scales, tile)
+    return join(split(widen(codes), tile) * scales.unsqueeze(-1).unsqueeze(-3), *codes.shape[-2:]).to(dtype)
+
+
+def check_scales(codes: Tensor, scales: Tensor, tile: tuple[int, int]) -> None:
+    """Raise ValueError if there is not one scale for each tile."""
     *batch, R, C = codes.shape
     grid = [*batch, -(-R // tile[0]), -(-C // tile[1])]
     if list(scales.shape) != grid:
         raise ValueError(f"dequantize: scales {list(scales.shape)} for {list(codes.shape)} in {tile}: expected {grid}")
-    return join(split(widen(codes), tile) * scales.unsqueeze(-1).unsqueeze(-3), R, C)
+
+
+def gather_dequantize(codes: Tensor, scale_bytes: Tensor, order: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`dequantize` of the rows codes[order], in tiles of 1x128: [R, C] in `dtype`.
+
+    codes [S, C] in float8_e4m3fn and scale_bytes [S, 4 ceil(C / 128)] in uint8, the bytes of FP32 scales: parts of rows
+    that travelled, so rows of either may lie apart by any number of bytes. order [R]: rows of both, in int64.
+    Raises ValueError if there are not the bytes of one scale for each tile.
+    """
+    check_travelled(codes, scale_bytes)
+    picked, scales = (rows.index_select(0, order) for rows in (codes.view(torch.uint8), scale_bytes))
+    return dequantize(picked.view(codes.dtype), scales.view(torch.float32), ROWS, dtype)
+
+
+def check_travelled(codes: Tensor, scale_bytes: Tensor) -> None:
+    """Raise ValueError if `scale_bytes` are not those of one FP32 scale for each 1x128 tile."""
+    S, C = codes.shape
+    if list(scale_bytes.shape) != [S, 4 * -(-C // TILE)] or scale_bytes.dtype != torch.uint8:
+        raise ValueError(
+            f"gather_dequantize: {scale_bytes.dtype} {list(scale_bytes.shape)} for codes {[S, C]}: expected "
+            f"torch.uint8 {[S, 4 * -(-C // TILE)]}"
+        )
 
 
 def requantize(codes: Tensor, scales: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:

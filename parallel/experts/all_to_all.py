@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.permute import combine_rows, gather_rows
 from parallel.experts.dispatch import Limit, Tag, Traffic, issues_once, no_limit
 from parallel.experts.local import LocalLayout, host_counts, padded, sort_by_expert
-from parallel.experts.wire import Channel, decode, encode, pack, unpack
+from parallel.experts.wire import Channel, encode, pack, received, unpack
 from parallel.passes import Comm, Effect, HostSync
 
 
@@ -65,9 +65,8 @@ class AllToAll:
         values, weights_R = encode(x_TD, self.fp8), weights_TK.flatten()[order_R]
         rows = pack(gather_rows(pack(*values), source_R, slot_TK), weights_R)
         rows = yield from self._exchange(rows, sends, receives, tag)
-        *values, weights_R = unpack(rows, [*values, weights_R], arrival_R)
-        del rows  # `decode` makes new ones
-        return decode(values, x_TD.dtype), weights_R, layout
+        rows_RD, weights_R = received(rows, arrival_R, values, x_TD.dtype, weights_R)
+        return rows_RD, weights_R, layout
 
     def dispatch_backward(
         self, layout: FlatLayout, drows_RD: Tensor, dweights_R: Tensor, tag: Tag
@@ -90,9 +89,8 @@ class AllToAll:
         values = encode(dy_TD, self.fp8)
         rows = gather_rows(pack(*values), layout.source_R, layout.slot_TK)
         rows = yield from self._exchange(rows, layout.sends, layout.receives, tag)
-        values = unpack(rows, values, layout.arrival_R)
-        del rows
-        return decode(values, dy_TD.dtype)
+        (drows_RD,) = received(rows, layout.arrival_R, values, dy_TD.dtype)
+        return drows_RD
 
     # -- communication
     def _agree(

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.permute import combine_forward, gather_forward
+from kernels.permute import combine_forward
 from parallel.errors import UserError
 from parallel.experts.dispatch import Layout, Limit, Tag, Traffic, no_limit
 from parallel.experts.local import and_zeros, by_key, count, padded, places
@@ -230,14 +230,9 @@ class DeepEP:
         return order_R, to_R[place_QK.clamp(max=rows)], counts
 
     def _copied(self, arrived: Any, layout: TokenLayout, dtype: torch.dtype) -> Tensor:
-        """Arrived tokens as rows: gathered as they travelled, then made `dtype`."""
-        rows = []
-        for part in arrived if isinstance(arrived, tuple) else (arrived,):
-            tokens = part.view(torch.uint8)
-            rows.append(
-                gather_forward(tokens if self.align == 1 else and_zeros(tokens), layout.source_R).view(part.dtype)
-            )
-        return decode(rows, dtype)
+        """Arrived tokens as rows in `dtype`."""
+        parts = [part.view(torch.uint8) for part in (arrived if isinstance(arrived, tuple) else (arrived,))]
+        return decode(parts if self.align == 1 else [and_zeros(part) for part in parts], layout.source_R, dtype)
 
     # -- what is counted
     def _to_host(self, table: Tensor, buffer: Any) -> Tensor:

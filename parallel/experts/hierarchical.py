@@ -27,7 +27,7 @@ from kernels.permute import combine_forward, gather_forward
 from parallel.experts.all_to_all import room, unsorted
 from parallel.experts.dispatch import Layout, Limit, Tag, Traffic, no_limit
 from parallel.experts.local import by_key, count, host_counts, padded
-from parallel.experts.wire import Channel, decode, encode, pack, row_bytes, unpack
+from parallel.experts.wire import Channel, encode, pack, received, row_bytes, unpack
 from parallel.passes import Comm, Effect, HostSync
 
 
@@ -181,11 +181,10 @@ class Hierarchical:
             layout.slot_QK.append(slot_QK)
             return pack(rows.index_select(0, source_S), weights_QK.flatten()[order_S])
 
-        leaving = gather_forward(pack(*values, choices_TK, weights_TK), layout.token_P)
-        rows = yield from self._two_hops(leaving, first, pass_on, second, tag)
-        *values, weights_R = unpack(rows, [*values, weights_TK[:, 0]], layout.arrival_R)
-        del rows, leaving
-        return decode(values, x_TD.dtype), weights_R, layout
+        copies = pack(*values, choices_TK, weights_TK)
+        rows = yield from self._two_hops(gather_forward(copies, layout.token_P), first, pass_on, second, tag)
+        rows_RD, weights_R = received(rows, layout.arrival_R, values, x_TD.dtype, weights_TK[:, 0])
+        return rows_RD, weights_R, layout
 
     def combine_backward(self, layout: NodeLayout, dy_TD: Tensor, tag: Tag) -> Generator[Effect, None, Tensor]:
         """Gradients go where the rows had gone."""
@@ -195,11 +194,10 @@ class Hierarchical:
         def pass_on(chunk: int, copies_QB: Tensor) -> Tensor:
             return gather_forward(copies_QB, layout.source_S[chunk])
 
-        leaving = gather_forward(pack(*values), layout.token_P)
-        rows = yield from self._two_hops(leaving, hops[0], pass_on, hops[1], tag)
-        values = unpack(rows, values, layout.arrival_R)
-        del rows, leaving
-        return decode(values, dy_TD.dtype)
+        copies = gather_forward(pack(*values), layout.token_P)
+        rows = yield from self._two_hops(copies, hops[0], pass_on, hops[1], tag)
+        (drows_RD,) = received(rows, layout.arrival_R, values, dy_TD.dtype)
+        return drows_RD
 
     def combine(self, layout: NodeLayout, rows_RD: Tensor, tag: Tag) -> Generator[Effect, None, Tensor]:
         """A node's rows of a token are summed in the order of its choices, then the sums in the order of nodes."""

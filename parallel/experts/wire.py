@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.fp8 import ROWS, fp8_dequantize, fp8_quantize
+from kernels.fp8 import ROWS, fp8_gather_dequantize, fp8_quantize
+from kernels.permute import gather_forward
 from parallel.experts.dispatch import Traffic
 
 
@@ -52,11 +53,24 @@ def encode(x_RD: Tensor, fp8: bool) -> list[Tensor]:
     return list(fp8_quantize(x_RD, ROWS, True)) if fp8 else [x_RD]
 
 
-def decode(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The rows that travelled, in `dtype` (exact in BF16)."""
+def decode(parts: Sequence[Tensor], order: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows `order` of what `encode` gave, in `dtype` (exact in BF16): codes are gathered and dequantised in one pass.
+
+    parts: bytes of each tensor, a row for a row, as they lie where they arrived.
+    """
     if len(parts) == 1:
-        return parts[0]
-    return fp8_dequantize(*parts, ROWS, dtype)
+        return gather_forward(parts[0], order).view(dtype)
+    codes, scales = parts
+    return fp8_gather_dequantize(codes.view(torch.float8_e4m3fn), scales, order, dtype)
+
+
+def received(
+    rows: Tensor, order: Tensor, values: Sequence[Tensor], dtype: torch.dtype, *others: Tensor
+) -> tuple[Tensor, ...]:
+    """What `pack(*values, *others)` has become on its travel, picked by `order`: `values` decoded, then the others."""
+    width = row_bytes(*values)
+    parts = rows[:, :width].split([row_bytes(each) for each in values], 1)
+    return decode(parts, order, dtype), *unpack(rows[:, width:], others, order)
 
 
 # ---------------------------------------------------------------- where they are sent

@@ -185,6 +185,9 @@ def casts(bench: Bench) -> Rows:
     R, C = bench.cast
     x = torch.randn(R, C, device=bench.device).bfloat16()
     codes = formats.quantize(x, ROWS)
+    packed = torch.cat([codes[0].view(torch.uint8), codes[1].view(torch.uint8), codes[0][:, :4].view(torch.uint8)], 1)
+    travelled = packed[:, :C].view(codes[0].dtype), packed[:, C:-4]  # beside a routing weight
+    order = torch.randperm(R, device=bench.device)
     once, scales = R * C, 4 * R * C // 128
     calls: dict[str, tuple[int, str, Callable[[Any], object]]] = {
         "1x128": (3 * once + scales, "quantize", lambda backend: backend.quantize(x, ROWS)),
@@ -196,7 +199,16 @@ def casts(bench: Bench) -> Rows:
             "requantize",
             lambda backend: backend.requantize(*codes, [R]),
         ),
-        "dequantise to FP32": (5 * once + scales, "dequantize", lambda backend: backend.dequantize(*codes, ROWS)),
+        "dequantise": (
+            3 * once + scales,
+            "dequantize",
+            lambda backend: backend.dequantize(*codes, ROWS, torch.bfloat16),
+        ),
+        "pick rows that travelled, dequantise": (
+            3 * once + scales,
+            "gather_dequantize",
+            lambda backend: backend.gather_dequantize(*travelled, order, torch.bfloat16),
+        ),
     }
     copy = copy_bandwidth(bench, x)
     rows = [{"what": "copy", "bytes": 4 * once, "copy": copy, "times": {"torch": 4 * once / copy}}]

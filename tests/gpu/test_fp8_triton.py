@@ -82,6 +82,27 @@ def test_values_next_to_every_boundary_of_rounding_are_cast_as_the_reference_cas
         assert_equal(ours.quantize(moved.cuda(), ROWS), formats.quantize(moved, ROWS))
 
 
+@pytest.mark.parametrize("tile", [ROWS, COLUMNS, BLOCKS])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 130, 130)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_codes_come_back_as_from_the_reference(ours, g, dtype, shape, tile):
+    codes, scales = formats.quantize(random(g, *shape), tile)
+    back = ours.dequantize(codes.cuda(), scales.cuda(), tile, dtype).cpu()
+    assert torch.equal(back, formats.dequantize(codes, scales, tile, dtype))
+
+
+@pytest.mark.parametrize("beside", [0, 1, 6])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_that_travelled_are_picked_and_dequantised(ours, g, shape, beside):
+    """Beside other bytes in a row, so that scales begin anywhere."""
+    codes, scales = (each.view(torch.uint8) for each in formats.quantize(random(g, *shape), ROWS, True))
+    rows = torch.cat([codes, scales, torch.full((len(codes), beside), 255, dtype=torch.uint8)], 1).cuda()
+    travelled = rows[:, : shape[1]].view(torch.float8_e4m3fn), rows[:, shape[1] :][:, : scales.shape[1]]
+    order = torch.randint(max(shape[0], 1), (2 * shape[0],), generator=g)
+    expected = formats.gather_dequantize(codes.view(torch.float8_e4m3fn), scales, order, torch.bfloat16)
+    assert torch.equal(ours.gather_dequantize(*travelled, order.cuda(), torch.bfloat16).cpu(), expected)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_both_groupings_and_permuted_rows_give_the_bytes_of_the_reference(ours, g, shape):
     x = random(g, *shape)

@@ -71,6 +71,26 @@ def test_permute_quantize_casts_the_rows_that_are_named(g, shape):
     assert_quantised(ours.permute_quantize(x, index), x[index], ROWS, False)
 
 
+@pytest.mark.parametrize("tile", [ROWS, COLUMNS, BLOCKS])
+@pytest.mark.parametrize("shape", [(3, 128), (3, 130, 130)])
+def test_dequantize(g, shape, tile):
+    codes, scales = formats.quantize(random(g, *shape), tile)
+    back = ours.dequantize(formats.widen(codes), scales, tile)
+    assert same(back, formats.dequantize(codes, scales, tile))
+
+
+@pytest.mark.parametrize("beside", [0, 5])
+@pytest.mark.parametrize("shape", [(1, 1), (130, 257)])
+def test_gather_dequantize_picks_rows_whose_scales_begin_anywhere(g, shape, beside):
+    codes, scales = formats.quantize(random(g, *shape), ROWS)
+    others = torch.full((shape[0], beside), 255, dtype=torch.uint8)
+    rows = torch.cat([others, scales.view(torch.uint8), others], 1)
+    apart = torch.cat([formats.widen(codes), torch.full((shape[0], 3), torch.nan)], 1)
+    order = torch.randint(max(shape[0], 1), (2 * shape[0],), generator=g)
+    picked = ours.gather_dequantize(apart[:, : shape[1]], rows[:, beside : beside + 4 * scales.shape[1]], order)
+    assert same(picked, formats.dequantize(codes[order], scales[order], ROWS))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantize_both_groups_one_matrix_along_rows_and_along_columns(g, shape):
     x = random(g, *shape)

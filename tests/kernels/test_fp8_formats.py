@@ -233,6 +233,18 @@ def test_what_lies_beyond_the_edge_of_a_view_reaches_no_scale(tile, dtype):
         assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
 
 
+@pytest.mark.parametrize("columns", [128, 200, 7])
+def test_rows_that_travelled_come_back_in_the_order_asked_for(columns):
+    """The bytes of codes and scales lie beside others in a row."""
+    x = torch.randn(20, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    codes, scales = formats.quantize(x, ROWS, True)
+    rows = torch.cat([codes.view(torch.uint8), scales.view(torch.uint8), torch.full((20, 3), 255).byte()], 1)
+    parts = rows[:, :columns].view(codes.dtype), rows[:, columns:-3]
+    for order in (torch.randperm(20), torch.tensor([3, 3, 19]), torch.arange(0)):
+        expected = formats.dequantize(codes[order], scales[order], ROWS).bfloat16()
+        assert torch.equal(formats.gather_dequantize(*parts, order, torch.bfloat16), expected)
+
+
 def test_a_group_never_reaches_the_scales_of_the_next():
     x = torch.ones(200, 128)
     x[60:] = 1000.0
@@ -278,5 +290,7 @@ def test_what_does_not_fit_is_said():
         formats.quantize(x[0], ROWS)
     with pytest.raises(ValueError, match=r"scales \[130, 2\] for \[130, 256\] in \(128, 1\): expected \[2, 256\]"):
         formats.dequantize(codes, scales, COLUMNS)
+    with pytest.raises(ValueError, match=r"float32 \[.*expected torch.uint8"):
+        formats.gather_dequantize(codes, scales, torch.arange(1))
     with pytest.raises(ValueError, match=r"counts \[100\]: expected .* add up to 130"):
         formats.requantize(codes, scales, [100])

@@ -37,6 +37,7 @@ def calls() -> dict[str, tuple]:
         "grouped_accumulate_mm": (torch.zeros(E, N, K), dy, x, COUNTS),
         "fp8_quantize": (x, list(ROWS), True),
         "fp8_dequantize": (*xq, list(ROWS), bfloat16),
+        "fp8_gather_dequantize": (xq[0], xq[1].view(torch.uint8), torch.arange(M).repeat(2), bfloat16),
         "fp8_requantize": (*dyq, COUNTS),
         "e5m6_quantize": (x, True),
         "e5m6_dequantize": (*e5m6.quantize(x), K, bfloat16),

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from kernels.fp8.formats import ROWS, dequantize, quantize
 from parallel.errors import UserError
 from parallel.experts import LocalExperts, Tag, build, choose, deepep
-from parallel.experts.wire import decode, encode
 from tests.parallel.deepep_model import installed
 from tests.parallel.test_experts import every_direction, padded_to
 from tests.parallel.test_hierarchical import CASES, EXPERTS, connected, end_to_end, tokens_of
@@ -26,7 +26,8 @@ def made_of(case, ranks, fp8, whole_numbers):
         if whole_numbers:
             own.x_TD, own.dy_TD = (x.float().clamp(-1, 1).round().bfloat16() for x in (own.x_TD, own.dy_TD))
             own.weights_TK = own.weights_TK.round() / 2 + 0.5
-        own.x_TD, own.dy_TD = (decode(encode(x, fp8), torch.bfloat16) for x in (own.x_TD, own.dy_TD))
+        if fp8:
+            own.x_TD, own.dy_TD = (dequantize(*quantize(x, ROWS, True), ROWS, x.dtype) for x in (own.x_TD, own.dy_TD))
     return made
 
 

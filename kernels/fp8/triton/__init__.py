@@ -2,9 +2,10 @@
 
 Importing this needs triton, and running it a GPU of compute capability 9.0, or TRITON_INTERPRET=1 for checks on a CPU.
 `tiles` holds the arithmetic that everything shares, `quantize` the casts, `fused` the casts after SwiGLU and RMSNorm,
-`gemm` the GEMMs. The GEMMs take an output dtype, so that a BF16 result is written once.
+`dequantize` the way back, `gemm` the GEMMs. The GEMMs take an output dtype, so that a BF16 result is written once.
 """
 
+from kernels.fp8.triton.dequantize import dequantize, gather_dequantize
 from kernels.fp8.triton.fused import rmsnorm_quantize, swiglu_quantize
 from kernels.fp8.triton.gemm import (
     grouped_dgrad,
@@ -18,6 +19,8 @@ from kernels.fp8.triton.gemm import (
 from kernels.fp8.triton.quantize import permute_quantize, quantize, quantize_both, requantize
 
 __all__ = [
+    "dequantize",
+    "gather_dequantize",
     "grouped_dgrad",
     "grouped_linear",
     "grouped_wgrad",
