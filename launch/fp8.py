@@ -34,10 +34,10 @@ class Row:
 
     def __str__(self) -> str:
         if self.verdict is None:
-            return f"{self.operation:<16}{self.backend:<20}FAILED {self.failure}"
+            return f"{self.operation:<18}{self.backend:<20}FAILED {self.failure}"
         v = self.verdict
         return (
-            f"{self.operation:<16}{self.backend:<20}{100 * v.equal:>9.3f} %{v.diff:>12.1e}{v.largest:>12.1e}"
+            f"{self.operation:<18}{self.backend:<20}{100 * v.equal:>9.3f} %{v.diff:>12.1e}{v.largest:>12.1e}"
             f"{self.microseconds:>11.1f} us  {'ok' if self.good else 'DIFFERS'}"
         )
 
@@ -49,7 +49,7 @@ def main(sizes: Sizes | None = None) -> int:
     print(f"FP8 on {on}, torch {torch.__version__}\n")
     for line in presence(device):
         print(line)
-    print(f"\n{'operation':<16}{'backend':<20}{'equal bytes':>11}{'calc_diff':>12}{'max error':>12}{'time':>11}")
+    print(f"\n{'operation':<18}{'backend':<20}{'equal bytes':>11}{'calc_diff':>12}{'max error':>12}{'time':>11}")
     bad = 0
     for row in rows(device, sizes or Sizes()):
         print(row, flush=True)
