@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.fp8 import auto, backends
-from kernels.fp8.backends import BACKENDS, OPERATIONS, QUANTISATIONS
+from kernels.fp8 import backends
+from kernels.fp8.backends import BACKENDS, OPERATIONS, QUANTISATIONS, auto
 from kernels.fp8.compare import Case, Sizes, Verdict, judge, seconds
 
 

@@ -95,7 +95,7 @@ class ParallelConfig:
 
 @dataclass
 class FP8Config:
-    """Whose kernels compute what `precision: fp8` asks for: kernels/fp8/backends.py."""
+    """Whose kernels compute what `precision: fp8` asks for: kernels/fp8/backends/__init__.py."""
 
     backend: str = "auto"
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from kernels import gemm
-from kernels.fp8 import BLOCKS, COLUMNS, ROWS, auto, backends, formats
-from kernels.fp8.backends import BACKENDS, GEMMS, GROUPED
+from kernels.fp8 import BLOCKS, COLUMNS, ROWS, backends, formats
+from kernels.fp8.backends import BACKENDS, GEMMS, GROUPED, auto
 from kernels.fp8.compare import Case, Sizes, seconds
 from kernels.linear import Numerics, linear
 
@@ -118,7 +118,7 @@ def requantised(case: Case) -> Iterator[None]:
     with ExitStack() as patches:
         patches.enter_context(patch.object(auto, "requantize", again))
         if "triton" in backends.available(case.device):
-            from kernels.fp8.triton import gemm as ours
+            from kernels.fp8.backends.triton import gemm as ours
 
             patches.enter_context(patch.object(ours, "requantize", again))
         yield

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from kernels.fp8 import BLOCKS, COLUMNS, ROWS, auto, backends, formats, fp8_linear, fp8_quantize
-from kernels.fp8.backends import BACKENDS, GEMMS, GROUPED, OPERATIONS, QUANTISATIONS
+from kernels.fp8 import BLOCKS, COLUMNS, ROWS, backends, formats, fp8_linear, fp8_quantize
+from kernels.fp8.backends import BACKENDS, GEMMS, GROUPED, OPERATIONS, QUANTISATIONS, auto
 from kernels.fp8.compare import ALIKE, Case, Sizes, calc_diff, judge
 from kernels.linear import Numerics, grouped_linear, linear
 

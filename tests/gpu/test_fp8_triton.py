@@ -28,9 +28,9 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.fixture
 def ours():
     """Imported when a GPU is there to run it."""
-    import kernels.fp8.triton
+    import kernels.fp8.backends.triton
 
-    return kernels.fp8.triton
+    return kernels.fp8.backends.triton
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_grouped_gemms_are_near_fp64_and_leave_empty_groups_alone(ours, g, count
 
 
 def test_results_do_not_depend_on_the_tiles_that_tuning_picks(ours, g, monkeypatch):
-    from kernels.fp8.triton import gemm
+    from kernels.fp8.backends.triton import gemm
 
     x, x_scales, _ = quantised(g, 500, 720)
     dy, dy_scales, _ = quantised(g, 500, 400)

@@ -6,10 +6,10 @@ Codes are x / s before it is narrowed, and the GEMMs multiply FP32 values that a
 import pytest
 import torch
 
-import kernels.fp8.triton as ours
+import kernels.fp8.backends.triton as ours
 from kernels.fp8 import formats
+from kernels.fp8.backends.triton import gemm
 from kernels.fp8.formats import BLOCKS, COLUMNS, ROWS, TILE
-from kernels.fp8.triton import gemm
 from kernels.norm import rms_norm_forward
 from kernels.swiglu import swiglu_forward
 

@@ -16,16 +16,13 @@ from kernels.fp8 import (
     COLUMNS,
     ROWS,
     BackendError,
-    auto,
     backends,
     formats,
     fp8_grouped_linear,
     fp8_linear,
     fp8_quantize,
-    layouts,
-    reference,
 )
-from kernels.fp8.backends import BACKENDS, GEMMS, GROUPED, OPERATIONS
+from kernels.fp8.backends import BACKENDS, GEMMS, GROUPED, OPERATIONS, auto, layouts, reference
 from kernels.fp8.compare import Case, Sizes, calc_diff, judge
 from tests.kernels import cublas_model
 
@@ -45,7 +42,7 @@ def transformer_engine(monkeypatch):
     backends.load.cache_clear()
     yield backends.load("transformer_engine")
     backends.load.cache_clear()
-    monkeypatch.delitem(__import__("sys").modules, "kernels.fp8.transformer_engine")
+    monkeypatch.delitem(__import__("sys").modules, "kernels.fp8.backends.transformer_engine")
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def test_kernels_import_without_triton_and_the_backend_says_what_is_missing():
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "import kernels.fp8, kernels.linear\n"
-        "try: import kernels.fp8.triton\n"
+        "try: import kernels.fp8.backends.triton\n"
         "except ImportError as error: print(error)\n"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kernels.fp8 import auto, backends, reference
-from kernels.fp8.backends import OPERATIONS
+from kernels.fp8 import backends
+from kernels.fp8.backends import OPERATIONS, auto, reference
 from launch import cli
 
 

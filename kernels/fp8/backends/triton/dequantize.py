@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.fp8.backends.triton.tiles import WIDTH
 from kernels.fp8.formats import TILE, check_scales, check_travelled
-from kernels.fp8.triton.tiles import WIDTH
 
 TILES_AT_ONCE = 16
 """1x128 tiles that one program makes numbers of."""

@@ -1,13 +1,13 @@
-"""Our kernels, in Triton, for Hopper: the functions of `kernels.fp8.reference`, and casts that fuse what comes before.
+"""Our kernels, in Triton, for Hopper: what `reference` defines, and casts that fuse what comes before.
 
 Importing this needs triton, and running it a GPU of compute capability 9.0, or TRITON_INTERPRET=1 for checks on a CPU.
 `tiles` holds the arithmetic that everything shares, `quantize` the casts, `fused` the casts after SwiGLU and RMSNorm,
 `dequantize` the way back, `gemm` the GEMMs. The GEMMs take an output dtype, so that a BF16 result is written once.
 """
 
-from kernels.fp8.triton.dequantize import dequantize, gather_dequantize
-from kernels.fp8.triton.fused import rmsnorm_quantize, swiglu_quantize
-from kernels.fp8.triton.gemm import (
+from kernels.fp8.backends.triton.dequantize import dequantize, gather_dequantize
+from kernels.fp8.backends.triton.fused import rmsnorm_quantize, swiglu_quantize
+from kernels.fp8.backends.triton.gemm import (
     grouped_dgrad,
     grouped_linear,
     grouped_wgrad,
@@ -16,7 +16,7 @@ from kernels.fp8.triton.gemm import (
     linear_wgrad,
     prepare_weight,
 )
-from kernels.fp8.triton.quantize import permute_quantize, quantize, quantize_both, requantize
+from kernels.fp8.backends.triton.quantize import permute_quantize, quantize, quantize_both, requantize
 
 __all__ = [
     "dequantize",

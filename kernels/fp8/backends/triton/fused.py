@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.fp8.backends.triton.tiles import WIDTH, new_codes, new_scales, quantize_tiles
 from kernels.fp8.formats import TILE
-from kernels.fp8.triton.tiles import WIDTH, new_codes, new_scales, quantize_tiles
 
 TILES_AT_ONCE = 16
 """1x128 tiles that one program of SwiGLU casts."""

@@ -81,7 +81,7 @@ BACKENDS: dict[str, Backend] = {
 def load(name: str) -> ModuleType:
     """The module of a backend. Raises `BackendError` if it cannot be imported."""
     try:
-        return importlib.import_module(f"kernels.fp8.{name}")
+        return importlib.import_module(f"kernels.fp8.backends.{name}")
     except (ImportError, OSError) as error:  # a package that is there, and misses a symbol of another
         raise BackendError(f"{name} cannot be imported: {error}") from error
 

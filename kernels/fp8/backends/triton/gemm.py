@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.fp8.backends.layouts import transposed
+from kernels.fp8.backends.triton.quantize import requantize
+from kernels.fp8.backends.triton.tiles import INTERPRETED, WIDTH, group_ends, locate, tiles_of
 from kernels.fp8.formats import TILE
-from kernels.fp8.layouts import transposed
-from kernels.fp8.triton.quantize import requantize
-from kernels.fp8.triton.tiles import INTERPRETED, WIDTH, group_ends, locate, tiles_of
 
 
 def prepare_weight(codes: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fp8.formats import COLUMNS, ROWS, TILE
-from kernels.fp8.triton.tiles import (
+from kernels.fp8.backends.triton.tiles import (
     WIDTH,
     divide,
     group_ends,
@@ -25,6 +24,7 @@ from kernels.fp8.triton.tiles import (
     scale_of,
     tiles_of,
 )
+from kernels.fp8.formats import COLUMNS, ROWS, TILE
 
 TILES_AT_ONCE = 32
 """1x128 tiles that one program casts."""

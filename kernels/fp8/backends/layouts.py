@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kernels.fp8 import auto
+from kernels.fp8.backends import auto
 
 MULTIPLE = 16  # of rows: bytes that the addresses of rows of operands and of scales are aligned to
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm  # type: ignore[attr-defined,unused-ignore]
 
 from kernels.fp8.backends import check_widths
-from kernels.fp8.layouts import blocks, columns, rows, transposed
+from kernels.fp8.backends.layouts import blocks, columns, rows, transposed
 
 TILES, BLOCKS = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
 

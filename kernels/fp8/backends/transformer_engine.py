@@ -20,8 +20,8 @@ from transformer_engine.pytorch.cpp_extensions import general_gemm, general_grou
 from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
 
 from kernels.fp8.backends import BackendError, check_widths
+from kernels.fp8.backends.layouts import MULTIPLE, blocks, columns, rows, transposed
 from kernels.fp8.formats import BLOCKS, COLUMNS, SMALLEST_AMAX, TILE
-from kernels.fp8.layouts import MULTIPLE, blocks, columns, rows, transposed
 
 E4M3 = tex.DType.kFloat8E4M3
 
