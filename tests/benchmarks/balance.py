@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.load import chart, page
+from launch.charts import chart, page
 from tests.benchmarks.fp8_against_bf16 import append, read, rows
 from tests.benchmarks.one_process import (
     WITHOUT_MTP,

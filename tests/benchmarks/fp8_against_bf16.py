@@ -12,15 +12,16 @@ the others elsewhere.
 
 import argparse
 import json
-import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from launch.charts import chart, page
 from tests.benchmarks.one_process import Batches, OneProcess, recipe_of, start_world_of_one, stretched
 from train.recipe import Recipe
 
@@ -30,6 +31,7 @@ KINDS = {
     "resplit": ("precision=bf16", "parallel.microbatch_size=4"),
 }
 LAST = 100  # steps whose mean loss is compared
+Runs = dict[tuple[str, int], dict[str, Any]]
 
 
 def recipe_for(kind: str, seed: int, steps: int) -> Recipe:
@@ -88,7 +90,7 @@ def layer_gradients(process: OneProcess) -> Iterator[tuple[str, Tensor]]:
 
 
 # ---------------------------------------------------------------- the file that processes share
-def read(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
+def read(path: Path) -> Runs:
     """The runs that have ended, by kind and seed."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {(run["kind"], run["seed"]): run for run in map(json.loads, lines)}
@@ -101,9 +103,9 @@ def append(path: Path, run: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------- tables
-def table(runs: dict[tuple[str, int], dict[str, Any]]) -> str:
+def table(runs: Runs) -> str:
     """Everything that is claimed, in Markdown."""
-    seeds = sorted(seed for kind, seed in runs if kind == "bf16" and all((other, seed) in runs for other in KINDS))
+    seeds = complete(runs)
     if not seeds:
         return f"No seed has all of {', '.join(KINDS)} yet."
     steps = runs["bf16", seeds[0]]["steps"]
@@ -119,44 +121,49 @@ def table(runs: dict[tuple[str, int], dict[str, Any]]) -> str:
     )
 
 
+def complete(runs: Runs) -> list[int]:
+    """The seeds of which every run has ended."""
+    return sorted(seed for kind, seed in runs if kind == "bf16" and all((other, seed) in runs for other in KINDS))
+
+
 def rows(head: list[str], body: list[list[str]]) -> str:
     """A Markdown table."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body])
 
 
-def difference(runs: dict[tuple[str, int], dict[str, Any]], kind: str, seed: int, part: slice) -> float:
+def difference(runs: Runs, kind: str, seed: int, part: slice) -> float:
     """Relative difference of the mean loss of some steps from BF16's."""
-    one, other = (statistics.fmean(runs[name, seed]["losses"][part]) for name in (kind, "bf16"))
+    one, other = (fmean(runs[name, seed]["losses"][part]) for name in (kind, "bf16"))
     return one / other - 1
 
 
-def last_losses(runs: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> str:
+def last_losses(runs: Runs, seeds: list[int]) -> str:
     """FP8 beside the noise floor, seed by seed."""
     last = slice(-LAST, None)
-    means = [statistics.fmean(runs["bf16", seed]["losses"][last]) for seed in seeds]
+    means = [fmean(runs["bf16", seed]["losses"][last]) for seed in seeds]
     found = {kind: [difference(runs, kind, seed, last) for seed in seeds] for kind in ("fp8", "resplit")}
     body = [
         [str(seed), f"{means[i]:.4f}", f"{found['fp8'][i]:+.2%}", f"{found['resplit'][i]:+.2%}"]
         for i, seed in enumerate(seeds)
     ]
-    average = [statistics.fmean(values) for values in (means, found["fp8"], found["resplit"])]
+    average = [fmean(values) for values in (means, found["fp8"], found["resplit"])]
     body.append(["mean", f"{average[0]:.4f}", f"{average[1]:+.2%}", f"{average[2]:+.2%}"])
-    sizes = [statistics.fmean(map(abs, found[kind])) for kind in ("fp8", "resplit")]
+    sizes = [fmean(map(abs, found[kind])) for kind in ("fp8", "resplit")]
     body.append(["mean size", "", *(f"{size:.2%}" for size in sizes)])
     return rows(["seed", "BF16", "FP8", "BF16, other micro-batch split (noise floor)"], body)
 
 
-def drift(runs: dict[tuple[str, int], dict[str, Any]], seeds: list[int], steps: int) -> str:
+def drift(runs: Runs, seeds: list[int], steps: int) -> str:
     """Relative differences over the length of the runs."""
     body = []
     for start in range(0, steps, LAST):
         part = slice(start, start + LAST)
-        means = [statistics.fmean(difference(runs, kind, seed, part) for seed in seeds) for kind in ("fp8", "resplit")]
+        means = [fmean(difference(runs, kind, seed, part) for seed in seeds) for kind in ("fp8", "resplit")]
         body.append([f"{start + 1} to {min(start + LAST, steps)}", *(f"{mean:+.2%}" for mean in means)])
     return rows(["steps", "FP8", "BF16, other micro-batch split"], body)
 
 
-def same_weights(runs: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> str:
+def same_weights(runs: Runs, seeds: list[int]) -> str:
     """What FP8 does to one step: to the loss, and to the gradients that turn most and shrink most."""
     body = []
     for seed in seeds:
@@ -170,17 +177,53 @@ def same_weights(runs: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) 
     return rows([*head, "lowest cosine of a layer's gradients", "lowest ratio of their lengths"], body)
 
 
+# ---------------------------------------------------------------- picture
+PAINT = {"bf16": "#868e96", "resplit": "#ffa94d", "fp8": "#1862ab"}
+NAMES = {"bf16": "BF16", "resplit": "BF16, other micro-batch split", "fp8": "FP8"}
+SMOOTH = 50  # steps that a point of a curve is the mean of
+
+
+def picture(runs: Runs) -> str:
+    """Losses, and how far they are from BF16's, mean over the seeds."""
+    seeds = complete(runs)
+    smooth = {kind: smoothed([runs[kind, seed]["losses"] for seed in seeds]) for kind in KINDS}
+    apart = {
+        kind: [100 * (one / other - 1) for one, other in zip(smooth[kind], smooth["bf16"], strict=True)]
+        for kind in ("resplit", "fp8")
+    }
+    body = []
+    for number, (title, found) in enumerate({"Loss, nats": smooth, "Difference from BF16, %": apart}.items()):
+        curves = [
+            (NAMES[kind], paint, 1.8, list(enumerate(found[kind], SMOOTH)))
+            for kind, paint in PAINT.items()
+            if kind in found
+        ]
+        body += chart(title, curves, 108 + 248 * number, 180)
+    note = f"recipe tiny in one process, mean of {len(seeds)} seeds; a point is the mean of the {SMOOTH} steps up to it"
+    return page("FP8 beside BF16", note, 580, body)
+
+
+def smoothed(courses: list[list[float]]) -> list[float]:
+    """The mean over seeds, and over the `SMOOTH` steps up to each."""
+    means = [fmean(losses) for losses in zip(*courses, strict=True)]
+    return [fmean(means[end - SMOOTH : end]) for end in range(SMOOTH, len(means) + 1)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="FP8 and BF16 training of recipe tiny, beside the noise floor")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--out", type=Path, help="train what this file lacks, and add it there")
     action.add_argument("--table", type=Path, help="print the tables of this file")
+    parser.add_argument("--svg", type=Path, help="with --table: also draw the curves there")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", metavar="KIND:SEED", help=f"some runs; kinds: {', '.join(KINDS)}")
     options = parser.parse_args()
     if options.table:
-        print(table(read(options.table)))
+        runs = read(options.table)
+        print(table(runs))
+        if options.svg:
+            options.svg.write_text(picture(runs))
         return
     torch.set_num_threads(1)
     start_world_of_one()

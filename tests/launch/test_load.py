@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from launch import cli, load
+from launch import charts, cli, load
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -106,4 +106,4 @@ def test_the_picture_can_go_elsewhere(tmp_path):
 
 
 def test_ticks_are_1_2_and_5_times_powers_of_ten():
-    assert [load.tick(least) for least in (0.03, 0.1, 0.11, 0.3, 1, 1.2, 30, 0)] == [0.05, 0.1, 0.2, 0.5, 1, 2, 50, 1]
+    assert [charts.tick(least) for least in (0.03, 0.1, 0.11, 0.3, 1, 1.2, 30, 0)] == [0.05, 0.1, 0.2, 0.5, 1, 2, 50, 1]
