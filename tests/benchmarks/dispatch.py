@@ -28,7 +28,7 @@ from kernels.linear import Numerics, attach_main_grads
 from parallel.experts import Dispatcher, Tag, build
 from parallel.mesh import Mesh
 from parallel.passes import Pass, merge
-from tests.benchmarks.overlap import Carried, Link
+from tests.benchmarks.slow_link import Carried, Link
 from tests.workers import Pool
 from train.model.config import ModelConfig
 from train.model.moe import Experts

@@ -10,13 +10,9 @@ gained by summing gradients as early as `R` says.
 
 import argparse
 import os
-import re
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 # Before torch is imported, and inherited by the workers: threads that spin would time each other.
@@ -26,19 +22,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.experts import LocalExperts, Tag
-from parallel.passes import Comm, Pass, merge
 from parallel.schedule import Program, build, verify
-from parallel.schedule.program import Message, makes, needs, passes
+from parallel.schedule.program import passes
 from parallel.trace import Trace
+from tests.benchmarks.executor_model import Costs, model
+from tests.benchmarks.slow_link import LATENCY, Carried, FarExperts, Link
+from tests.benchmarks.turns import Turns
 from tests.workers import Pool
 from train.compose import compose
 from train.engine import Engine
 from train.recipe import Recipe
 
-EXPERT_RANKS = 8  # the expert group whose traffic the link carries: 7 of 8 rows leave a rank
 SHARE = 0.8  # communication of a step over its compute
-LATENCY = 100e-6
 
 MODEL = (
     "precision=bf16",
@@ -54,230 +49,6 @@ def recipe_of(microbatches: int, *overrides: str) -> Recipe:
     """Recipe `tiny` as one pipeline, one sequence a micro-batch, with MoE layers only and no MTP."""
     layout = ("parallel.pipeline=2", "parallel.data=1", "parallel.expert=1", f"train.batch.start={microbatches}")
     return compose(["recipe=tiny", *layout, *MODEL, *overrides])
-
-
-# ---------------------------------------------------------------- the link
-@dataclass
-class Link:
-    """Carries one communication at a time, in the order in which they are posted, and takes no CPU.
-
-    seconds_per_byte: 0 while it is free of charge. serial: `post` stands still until the communication has arrived.
-    """
-
-    seconds_per_byte: float = 0.0
-    serial: bool = False
-    busy_until: float = 0.0
-    posted: float = 0.0  # seconds that the link has carried
-
-    def post(self, size: int) -> "Carried":
-        now, takes = time.perf_counter(), (LATENCY + size * self.seconds_per_byte) * (self.seconds_per_byte > 0)
-        self.busy_until = max(now, self.busy_until) + takes
-        self.posted += takes
-        carried = Carried(self.busy_until)
-        if self.serial:
-            carried.wait()
-        return carried
-
-
-@dataclass(frozen=True)
-class Carried:
-    """A communication on the link."""
-
-    arrives: float
-
-    def wait(self) -> None:
-        left = self.arrives - time.perf_counter()
-        if left > 0:
-            time.sleep(left)
-
-
-class FarExperts(LocalExperts):
-    """All experts are here, but their rows take the time of a link: T tokens, K rows each, of D values in 16 bits."""
-
-    def __init__(self, recipe: Recipe, link: Link) -> None:
-        super().__init__(recipe.model.n_routed_experts)
-        rows = recipe.train.sequence_length * recipe.model.num_experts_per_tok
-        self.link, self.row_bytes = link, 2 * recipe.model.hidden_size
-        self.leaving = rows * (EXPERT_RANKS - 1) // EXPERT_RANKS
-
-    def _turn(self, tag: Tag) -> Comm:
-        routing = 4 if tag.operation.startswith("dispatch") else 0  # a weight, or its gradient, travels with the row
-        size = self.leaving * (self.row_bytes + routing)
-        return Comm(tag.operation, self.link.post(size), size, 0, None)
-
-
-# ---------------------------------------------------------------- what the run says about itself
-Key = tuple[str, int, str]  # "F" | "B" | "W", stage, the communication that ends the turn ("" for none)
-
-
-class Turns(Trace):
-    """Takes the CPU time of each turn of each pass, weight gradients apart, and the waits by kind of instruction.
-
-    CPU time is what a turn takes on a core of its own, whatever else the machine has to do.
-    """
-
-    def __init__(self) -> None:
-        self.link = Link()
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget."""
-        self.turns: dict[Key, list[float]] = defaultdict(list)
-        self.compute, self.size, self.count, self.link.posted = 0.0, 0, 0, 0.0
-        self.posted: dict[str, float] = defaultdict(float)  # by "FB", "F", "B", "I": seconds on the link
-        self.waited: dict[str, float] = defaultdict(float)  # and of standing still for it
-        self.inside, self.weights, self.mark = "", 0.0, 0.0
-        self.stages: dict[str, int] = {}
-
-    @contextmanager
-    def span(self, lane: str, name: str, **details: Any) -> Iterator[None]:
-        start = time.thread_time()
-        if lane == "instruction":
-            kind, *numbers = re.findall(r"\w+", name)
-            halves = passes((kind, *map(int, numbers)))
-            self.inside, self.mark, self.weights = kind, start, 0.0
-            self.stages = {"F" if half == "F" else "B": stage for half, stage, _ in halves}
-            carried = self.link.posted
-        yield
-        took = time.thread_time() - start
-        if lane == "instruction":
-            self._turn("")
-            self.posted[kind] += self.link.posted - carried
-            self.compute += took
-            self.inside = ""
-        elif name == "weights.W":
-            self.weights += took
-            if not self.inside:
-                self.compute += took
-                self.turns["W", self.stages["B"], ""].append(took)
-
-    def post(self, lane: str, name: str, work: Any, size: int) -> None:
-        if lane == "experts":
-            self.size, self.count = self.size + size, self.count + 1
-            self._turn(name)
-
-    def wait(self, lane: str, name: str, work: Any) -> None:
-        start = time.perf_counter()
-        super().wait(lane, name, work)
-        self.mark = time.thread_time()
-        if lane == "experts":
-            self.waited[self.inside] += time.perf_counter() - start
-
-    def _turn(self, name: str) -> None:
-        now = time.thread_time()
-        solo = len(self.stages) == 1
-        if name or solo:
-            way = "B" if name.endswith(".B") or (not name and "B" in self.stages) else "F"
-            if self.inside != "W":
-                self.turns[way, self.stages[way], name].append(now - self.mark - self.weights)
-            if name.endswith(".B") and self.inside != "I":
-                self.turns["W", self.stages[way], name].append(self.weights)
-        self.mark, self.weights = now, 0.0
-
-
-# ---------------------------------------------------------------- the executor without work: a model of it
-@dataclass
-class Clock:
-    """A rank of the model: its time, its link's, and the weight gradients that it has yet to run."""
-
-    carries: float
-    serial: bool
-    now: float = 0.0
-    busy_until: float = 0.0
-    left: float = 0.0
-    waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    inside: str = ""
-
-    def post(self, name: str) -> Comm:
-        self.busy_until = max(self.now, self.busy_until) + self.carries
-        work = Arrives(self, self.busy_until)
-        if self.serial:
-            work.wait()
-        return Comm(name, work, 0, 0, None)
-
-
-@dataclass(frozen=True)
-class Arrives:
-    clock: Clock
-    at: float
-
-    def wait(self) -> None:
-        self.clock.waited[self.clock.inside] += max(0.0, self.at - self.clock.now)
-        self.clock.now = max(self.clock.now, self.at)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Mean seconds of the turns of a pass through each stage of `layers` MoE layers, and of one communication."""
-
-    turns: Mapping[Key, float]
-    layers: int
-    carries: float
-
-    def of(self, way: str, stage: int, name: str) -> float:
-        return self.turns.get((way, stage, name), 0.0)
-
-    def every_stage_alike(self, stages: int) -> "Costs":
-        """The mean stage, `stages` times."""
-        means: dict[tuple[str, str], list[float]] = defaultdict(list)
-        for (way, _, name), value in self.turns.items():
-            means[way, name].append(value)
-        found = {(way, s, name): statistics.fmean(v) for (way, name), v in means.items() for s in range(stages)}
-        return replace(self, turns=found)
-
-    def forward(self, stage: int, clock: Clock) -> Pass:
-        for _ in range(self.layers):
-            for name in ("dispatch", "combine"):
-                clock.now += self.of("F", stage, name)
-                yield clock.post(name)
-        clock.now += self.of("F", stage, "")
-
-    def backward(self, stage: int, clock: Clock, split: bool) -> Pass:
-        for _ in range(self.layers):
-            for name in ("combine.B", "dispatch.B"):
-                clock.now += self.of("B", stage, name)
-                comm = clock.post(name)
-                clock.now += 0 if split else self.of("W", stage, name)
-                yield comm
-        clock.now += self.of("B", stage, "")
-        clock.left += 0 if split else self.of("W", stage, "")
-
-    def weights(self, stage: int) -> float:
-        each = self.of("W", stage, "combine.B") + self.of("W", stage, "dispatch.B")
-        return self.layers * each + self.of("W", stage, "")
-
-
-def model(program: Program, costs: Costs, *, serial: bool = False, perfect: bool = False) -> tuple[float, list[Clock]]:
-    """Seconds of a step, and the ranks at its end. perfect: an `F&B` takes as long as its longer lane, no more."""
-    clocks = [Clock(costs.carries, serial) for _ in program.program]
-    arrives: dict[Message, float] = {}
-    todo = [list(instructions) for instructions in program.program]
-    while any(todo):
-        for clock, mine in zip(clocks, todo, strict=True):
-            while mine and all(message in arrives for message in needs(program, mine[0])):
-                ins = mine.pop(0)
-                clock.now, clock.left, clock.inside = clock.now + clock.left, 0.0, ins[0]
-                clock.now = max([clock.now, *(arrives[message] for message in needs(program, ins))])
-                _run(ins, costs, clock, perfect)
-                arrives |= dict.fromkeys(makes(program, ins), clock.now)
-    return max(clock.now + clock.left for clock in clocks), clocks
-
-
-def _run(ins: tuple[Any, ...], costs: Costs, clock: Clock, perfect: bool) -> None:
-    if ins[0] == "W":
-        clock.now += costs.weights(ins[1])
-        return
-    start, before = clock.now, clock.waited["FB"]
-    running = [
-        costs.forward(stage, clock) if kind == "F" else costs.backward(stage, clock, kind == "I")
-        for kind, stage, _ in passes(ins)[::-1]
-    ]
-    merge(*running)
-    if perfect and ins[0] == "FB":
-        stood = clock.waited["FB"] - before
-        lanes = clock.now - start - stood, 4 * costs.layers * costs.carries
-        clock.now, clock.waited["FB"] = start + max(lanes), before + max(0.0, lanes[1] - lanes[0])
-        clock.busy_until = clock.now
 
 
 # ---------------------------------------------------------------- the run, on every rank
