@@ -58,7 +58,7 @@ class Turns(Trace):
                 self.compute += took
                 self.turns["W", self.stages["B"], ""].append(took)
 
-    def post(self, lane: str, name: str, work: Any, size: int) -> None:
+    def post(self, lane: str, name: str, work: Any, size: int, **details: int) -> None:
         if lane == "experts":
             self.size, self.count = self.size + size, self.count + 1
             self._turn(name)
