@@ -1,5 +1,6 @@
 # make demo      trains recipe tiny on 4 CPU processes        make lint      style, types, direction of imports
 # make test      lint, then every quick test                  make test-gpu  the tests that need a GPU
+# make test-faults  injects every fault of docs/reference/faults.md, the slow ones too, and writes that page
 # Each builds .venv first (about 3 minutes, once) and again only when pyproject.toml changes.
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,\
@@ -16,17 +17,20 @@ BIN := $(CURDIR)/$(VENV)/bin
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-gpu lint
+.PHONY: demo test test-gpu test-faults lint
 
 demo: $(READY)
 	$(BIN)/weft train recipe=tiny run.name=demo-$$(date +%Y%m%d-%H%M%S)
 
-test test-gpu: export OMP_NUM_THREADS ?= 1
+test test-gpu test-faults: export OMP_NUM_THREADS ?= 1
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
+
+test-faults: $(READY)
+	$(BIN)/python -m pytest tests/faults --faults-table docs/reference/faults.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -72,7 +72,10 @@ def causal_attention_forward(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, sca
 
 @op(
     cost=lambda dy, out, q, k, v, scale: Cost(
-        2 * _pairs(q) * (3 * q.shape[3] + 2 * v.shape[3]), 2 * size(q, k, v) + size(dy, out), "attention"
+        2 * _pairs(q) * (3 * q.shape[3] + 2 * v.shape[3]),
+        2 * size(q, k, v) + size(dy, out),
+        "attention",
+        workspace=4 * q.numel(),  # the gradients of queries are summed in FP32
     ),
     fake=lambda dy, out, q, k, v, scale: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
 )

@@ -94,6 +94,12 @@ class Numerics:
         self.epoch += 1
         self._quantised.clear()
 
+    @property
+    def turned(self) -> int:
+        """Bytes of the copies of quantised weights that input gradients read, once each has had one."""
+        turns = fp8_kernels.BACKENDS[self.backend].turns
+        return sum(codes.nbytes for _, codes, _ in self._quantised.values()) if turns else 0
+
     def quantised(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales of a weight [..., out, in] in 128x128 blocks, made on first use in an epoch."""
         key = id(weight)

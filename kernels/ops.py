@@ -6,13 +6,12 @@ quantisation or one GEMM instead of the loop beneath it, FLOP counters count it,
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
 
 
@@ -36,18 +35,19 @@ class Cost:
     """What one call needs at least: floating-point operations, and bytes read plus bytes written.
 
     unit: what does the operations: "vector", or "fp8", "bf16", "fp32", "fp64" and "attention" for matrix units.
-    products: the matrix products that they are, if they are.
+    products: the matrix products that they are, if they are. workspace: bytes that it takes for itself meanwhile.
     """
 
     flops: int
     bytes: int
     unit: str = "vector"
     products: tuple[Product, ...] = ()
+    workspace: int = 0
 
     @classmethod
-    def of(cls, unit: str, products: tuple[Product, ...], bytes: int) -> "Cost":
+    def of(cls, unit: str, products: tuple[Product, ...], bytes: int, workspace: int = 0) -> "Cost":
         """Nothing but these matrix products."""
-        return cls(sum(product.flops for product in products), bytes, unit, products)
+        return cls(sum(product.flops for product in products), bytes, unit, products, workspace)
 
 
 costs: dict[str, Callable[..., Cost]] = {}
@@ -85,6 +85,17 @@ def size(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Those among the arguments or results of an operator, which are nested in lists, tuples and mappings."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for each in tree:
+            yield from tensors(each)
+    elif isinstance(tree, Mapping):
+        yield from tensors([*tree.values()])
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums over values of `dtype`: FP64 for FP64, else FP32."""
     return torch.promote_types(dtype, torch.float32)
@@ -111,8 +122,7 @@ def price(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result:
     name = str(operator).removeprefix("aten.")
     if operator.namespace != "aten" or operator.is_view or name.startswith(_FREE):
         return None
-    inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-    outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+    inputs, outputs = [*tensors((args, kwargs))], [*tensors(result)]
     if name.startswith(_PICKING):
         inputs = [*inputs[1:], *outputs]
     touched = sum(min(size(each), each.untyped_storage().nbytes()) for each in (*inputs, *outputs))

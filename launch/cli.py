@@ -79,12 +79,13 @@ def compare(run: Path, flags: argparse.Namespace) -> int:
 
 def simulate(recipe: Any, flags: argparse.Namespace) -> int:
     """One step of the recipe on the cluster that a sheet describes."""
-    from launch.simulate import result, sheet
+    from launch.simulate import result, sheet, skew
 
     recipe.validate(data=False)
+    noise = skew.Noise.read(flags.skew, flags.jitter, flags.seed)
     if flags.rank is not None:
         return as_rank(recipe, sheet.read(flags.cluster), flags)
-    found = result.simulate(recipe, sheet.read(flags.cluster))
+    found = result.simulate(recipe, sheet.read(flags.cluster), noise=noise)
     if flags.json:
         write(flags.json, found.to_json())
     if flags.html:
@@ -169,6 +170,33 @@ def load(recipe: None, flags: argparse.Namespace) -> int:
     return 0
 
 
+def export(recipe: None, flags: argparse.Namespace) -> int:
+    """The newest whole checkpoint, unless --step names one."""
+    from train.checkpoint.export import export
+
+    run, out = map(Path, flags.words)
+    if flags.step is not None and not flags.step.isdecimal():
+        raise UserError(f"--step {flags.step}: expected the number of a step")
+    step = export(run, out, average=flags.ema, step=int(flags.step) if flags.step else None)
+    print(f"{out}: the model{', averaged,' if flags.ema else ''} of step {step}, BF16, for inference only")
+    return 0
+
+
+def verify(recipe: None, flags: argparse.Namespace) -> int:
+    """1 if a checkpoint is damaged."""
+    from launch import verify
+
+    verdicts = verify.verify(Path(flags.words[0]))
+    print(verify.text(verdicts))
+    return 1 if any(each.problems for each in verdicts) else 0
+
+
+def calibrate(recipe: None, flags: argparse.Namespace) -> int:
+    from launch.calibrate.document import calibrate
+
+    return calibrate(flags.out, flags.quick)
+
+
 def doctor(recipe: None, flags: argparse.Namespace) -> int:
     if flags.fp8:
         from launch import fp8
@@ -200,7 +228,7 @@ VERBS = {
             "--html FILE": "write them and the timeline as a page that needs no network",
             "--trace DIR": "write the timeline of each pipeline rank as trace=on does, for Perfetto and --compare DIR",
         },
-        keys={"cluster": "h800x2048", "rank": None},
+        keys={"cluster": "h800x2048", "rank": None, "skew": "0", "jitter": "0", "seed": "0"},
     ),
     "plan": Verb(
         "find the layout in which a recipe costs least on a cluster",
@@ -213,6 +241,13 @@ VERBS = {
         },
         keys={"cluster": "h800x2048", "gpus": None},
     ),
+    "calibrate": Verb(
+        "measure this machine, for weft simulate cluster=local",
+        "weft calibrate",
+        calibrate,
+        {"--out FILE": "write the cluster sheet (.yaml) there, for cluster=FILE", "--quick": "measure less"},
+        recipe=False,
+    ),
     "data prepare": Verb(
         "turn text into memory-mapped token rows", "weft data prepare data=hf data.path=FILE", prepare
     ),
@@ -221,6 +256,24 @@ VERBS = {
         "weft load runs/tiny",
         load,
         {"--svg FILE": "write the picture there, not into the run's folder"},
+        recipe=False,
+        words="RUN",
+    ),
+    "export": Verb(
+        "write the model of a run's checkpoint for inference, as Hugging Face's safetensors in BF16",
+        "weft export runs/tiny tiny-model",
+        export,
+        {
+            "--ema": "the average of the parameters instead of themselves (optim.ema_decay)",
+            "--step STEP": "of this step instead of the newest",
+        },
+        recipe=False,
+        words="RUN OUT",
+    ),
+    "verify": Verb(
+        "read every checkpoint of a run and say whether it is whole",
+        "weft verify runs/tiny",
+        verify,
         recipe=False,
         words="RUN",
     ),
@@ -389,7 +442,7 @@ def usage() -> str:
             "",
             *flags,
             "",
-            "Every verb but load and doctor takes a recipe (tiny unless named) and Hydra's flags: --cfg job shows the",
-            "composed recipe, --multirun sweeps over values (train.seed=1,2), --help lists groups and keys.",
+            "Every verb but load, verify, export and doctor takes a recipe (tiny unless named) and Hydra's flags:",
+            "--cfg job shows the composed recipe, --multirun sweeps over values (train.seed=1,2), --help lists keys.",
         ]
     )

@@ -75,7 +75,8 @@ class Mesh:
 
     def in_node(self) -> tuple[int, ...]:
         """The ranks of this rank's expert group that share its node."""
-        return tuple(rank for rank in self.expert_ranks() if rank // self.node_size == self.node)
+        first, node = self.rank - self.expert_rank, self.node * self.node_size
+        return tuple(range(max(first, node), min(first + self.expert, node + self.node_size)))
 
     def across_nodes(self) -> tuple[int, ...]:
         """The ranks of this rank's expert group at its place of each node; all nodes hold equally many of the group."""

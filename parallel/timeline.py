@@ -116,8 +116,7 @@ class Timeline:
         program = json.loads(step.program.to_json())
         self.steps.append({"step": step.number, "begin": begin, "end": end, **measured, "program": program})
         about = {"weft": VERSION, "rank": self.rank, "pipelines": self.pipelines, "steps": self.steps}
-        with self.path.open("w") as file:
-            json.dump({"displayTimeUnit": "ms", "otherData": about, "traceEvents": self.events}, file)
+        self.path.write_text(json.dumps({"displayTimeUnit": "ms", "otherData": about, "traceEvents": self.events}))
 
     def _meta(self, what: str, thread: int, **args: Any) -> dict[str, Any]:
         return {"name": what, "ph": "M", "pid": self.rank, "tid": thread, "args": args}

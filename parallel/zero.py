@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
-from parallel.experts.shard import global_span
+from parallel.experts.shard import global_shape, global_span
 from parallel.flat_shard import FlatShard
 from parallel.trace import OFF, Trace
 
@@ -99,6 +99,8 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
         self.trace = trace
         self.gradient_scale = 1.0
         self.reducing: dict[int, Any] = {}  # bucket -> its reduction in flight
+        self.watching = False
+        self.not_finite: dict[str, int] = {}
         # Tells deepspeed.comm of the process group that exists.
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
         super().__init__(
@@ -178,6 +180,10 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
 
     @torch.no_grad()
     def _reduce(self, index: int) -> None:
+        if self.watching:
+            for name, gradient in zip(self.buckets[index].parameters, self.fp32_groups_gradients[index], strict=True):
+                if count := int((~gradient.isfinite()).sum()):
+                    self.not_finite[name] = count
         whole, shard, group = self.fp32_groups_gradients_flat[index], self.gradient_shards[index], self.groups[index]
         if group.size() > 1:
             work = dist.reduce_scatter_tensor(shard, whole, group=group, async_op=True)
@@ -185,24 +191,35 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
             stages = " and ".join(map(str, sorted(self.buckets[index].stages)))
             self.trace.post("gradients", f"{self.buckets[index].kind}, stage {stages}", work, whole.nbytes)
 
+    def watch(self, on: bool) -> None:
+        """Whether to count, parameter by parameter, what is not finite in this rank's own gradients before the sum.
+
+        `not_finite` then holds the counts above zero since this call.
+        """
+        self.watching, self.not_finite = on, {}
+
     @torch.no_grad()
-    def grad_norm(self) -> torch.Tensor:
+    def grad_norm(self, spoilt: bool = False) -> torch.Tensor:
         """The global L2 norm of the reduced gradients: a FP64 scalar, the same on every rank of the world.
 
         Each element lies in exactly one rank's share, so that nothing is counted twice, however often it is replicated.
+        spoilt: make it NaN, for all.
         """
         pieces = (piece.double() for shard in self.gradient_shards for piece in shard.split(PIECE))
         total = torch.stack([torch.dot(piece, piece) for piece in pieces]).sum()
+        if spoilt:
+            total.fill_(float("nan"))
         dist.all_reduce(total)
         return total.sqrt() / self.gradient_scale
 
     @torch.no_grad()
-    def step(self, lr: float, norm: torch.Tensor) -> bool:
+    def step(self, lr: float, norm: torch.Tensor, allowed: bool = True) -> bool:
         """Clip by the global norm, apply AdamW to the masters, cast and gather the parameters, clear the gradients.
 
-        With a norm that is not finite nothing moves, the gradients are cleared and the answer is False, on all ranks.
+        With a norm that is not finite, or unless it is `allowed` (the same on all ranks), nothing moves, the gradients
+        are cleared and the answer is False, on all ranks.
         """
-        if not torch.isfinite(norm):
+        if not (allowed and torch.isfinite(norm)):
             self.zero_grad()
             return False
         scale = min(1.0, self.clip_grad / (norm.item() + 1e-6)) / self.gradient_scale
@@ -226,12 +243,20 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
         """
         state: dict[str, Any] = {"applied_steps": torch.tensor(self.optimizer.applied_steps)}
         for name, parameter, fragment in self.fragments():
-            start, total = global_span(parameter)
-            start += fragment.lp_fragment_address.start
             shards = {"master": fragment.hp_fragment.detach(), **fragment.optim_fragment}
             for key, shard in shards.items():
-                state.setdefault(key, {})[name] = FlatShard.of(shard, start, total)
+                state.setdefault(key, {})[name] = flat_shard(shard, parameter, fragment)
         return state
+
+    def by_name(self, flats: list[torch.Tensor]) -> dict[str, FlatShard]:
+        """Tensors laid out as `masters`, one a bucket (an average of them, say), cut as those are for a checkpoint."""
+        found = {}
+        for name, parameter, fragment in self.fragments():
+            index = fragment.param_group_index
+            first = fragment.hp_fragment.storage_offset() - self.masters[index].storage_offset()
+            shard = flats[index][first : first + fragment.hp_fragment.numel()]
+            found[name] = flat_shard(shard, parameter, fragment)
+        return found
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -239,3 +264,8 @@ class ZeRO1(bf16_optimizer.BF16_Optimizer):
         self.optimizer.applied_steps = int(state["applied_steps"])
         self.update_lp_params()
         self.zero_grad()
+
+
+def flat_shard(local: torch.Tensor, parameter: Parameter, fragment: Any) -> FlatShard:
+    """`local` as the part of the global parameter that DeepSpeed's map of this rank's part says."""
+    return FlatShard(local, global_span(parameter)[0] + fragment.lp_fragment_address.start, global_shape(parameter))

@@ -1,18 +1,17 @@
 """One rank of a run: `python -m train --config FILE` under weft's launcher, `recipe=NAME key=value` under torchrun.
 
-Under a launcher, an error goes into the file that the launcher named, with the time to the nanosecond, so that it can
-tell the cause from its consequences and print it once.
+Under a launcher, an error goes into the file that the launcher named (`train/failures.py`), and signals that come
+before training end the rank (`train/preemption.py`).
 """
 
-import json
 import os
+import signal
 import sys
-import time
-import traceback
 import warnings
 from pathlib import Path
 
 from parallel.errors import UserError
+from train import failures, preemption
 from train.compose import compose, load, write
 from train.recipe import Recipe
 
@@ -27,59 +26,36 @@ def read(words: list[str]) -> Recipe:
     return recipe
 
 
-def record(error: BaseException) -> bool:
-    """Write `error` into the launcher's error file, in torchrun's format; False if there is none."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not file:
-        return False
-    now = time.time_ns()
-    details = {
-        "py_callstack": "".join(traceback.format_exception(error)),
-        "timestamp": str(now // 10**9),
-        "nanoseconds": now,
-        "rank": int(os.environ.get("RANK", "0")),
-        "user_error": str(error) if isinstance(error, UserError) else "",
-    }
-    Path(file).write_text(
-        json.dumps({"message": {"message": f"{type(error).__name__}: {error}", "extraInfo": details}})
-    )
-    return True
-
-
-def speaks() -> bool:
-    """Whether this rank, of all that torchrun started here, is the one that tells the user what each has found."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not file:
-        return os.environ.get("RANK", "0") == "0"
-    try:
-        (Path(file).parent.parent / "told").touch(exist_ok=False)  # beside the folders of these ranks
-        return True
-    except FileExistsError:
-        return False
-
-
 def main(words: list[str]) -> int:
     """Train as this process's rank; returns the exit code."""
     # torch 2.13 has new names for two collectives, which torch 2.11 lacks.
     warnings.filterwarnings("ignore", message=".*(reduce_scatter|all_gather)_single", category=FutureWarning)
     launched = words[:1] == ["--config"]  # weft's launcher speaks for all ranks
+    preemption.follow_parent()
+    if preemption.asked_before_start():
+        return 128 + signal.SIGTERM
+    if failures.hopeless():
+        return 2
+    if why := failures.before_restart():
+        print(f"weft: {why}", file=sys.stderr, flush=True)
     try:
         recipe = read(words)
         from train import trainer
 
-        trainer.main(recipe)
+        finished = trainer.main(recipe)
     except KeyboardInterrupt:
         return 130
     except UserError as error:
-        recorded = record(error)
-        if not (recorded and launched) and speaks():
+        recorded = failures.record(error)
+        if not (recorded and launched) and failures.speaks():
             print(f"weft: {error}", file=sys.stderr, flush=True)
         return 2
     except Exception as error:
-        if not record(error):
+        if not failures.record(error):
             raise
         return 1
-    return 0
+    # An agent would take any other code for a failure, and start the ranks again.
+    return 0 if finished or preemption.under_agent() else preemption.EXIT_CODE
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ Whatever a user got wrong comes out as one `UserError`. Text never names code to
 stands. Ranks use the same functions, and never the part of Hydra that makes output directories.
 """
 
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from importlib.resources import files
@@ -27,6 +29,8 @@ from parallel.errors import UserError
 from train.recipe import Recipe, did_you_mean
 
 DEFAULT_RECIPE = "tiny"
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)  # in the name of a variable
+SECRET_LENGTH = 8  # shorter values are found in innocent texts
 CALLABLES = ("_target_", "class", "()")  # keys by which Hydra and logging would call whatever a text names
 # No output directory, no log files: a run has its own. A sweep leaves its summary beside its runs.
 QUIET = (
@@ -108,6 +112,7 @@ def recipe_of(config: Any, name: str) -> Recipe:
     except OmegaConfBaseException as error:
         explain(error, name)
     assert isinstance(recipe, Recipe)
+    refuse_secrets(plain)
     recipe.run.name = recipe.run.name or name
     return recipe
 
@@ -204,6 +209,21 @@ def refuse_callables(node: Any, path: str = "") -> None:
                 f"{f'{path}: ' if path else ''}{key} is refused: a recipe holds values, it does not name code to run"
             )
         refuse_callables(value, f"{path}.{key}".lstrip("."))
+
+
+def refuse_secrets(node: Any, path: str = "") -> None:
+    """Raise `UserError` if a value holds a secret of the environment: recipes are written to files and sent to W&B."""
+    if isinstance(node, dict | list):
+        for key, item in node.items() if isinstance(node, dict) else enumerate(node):
+            refuse_secrets(item, f"{path}.{key}".lstrip("."))
+    if not isinstance(node, str):
+        return
+    for name, secret in os.environ.items():
+        if SECRET.search(name) and len(secret) >= SECRET_LENGTH and secret in node:
+            raise UserError(
+                f"{path}: holds the value of the variable {name}; a recipe is written into the run directory, keys and "
+                "tokens stay in the environment"
+            )
 
 
 def keys_of(config: type, prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ knows nothing of data files, time or metrics; the trainer's loop calls its phase
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -45,13 +45,14 @@ class Totals:
     """What one step, or one evaluation, added up over the whole global batch.
 
     losses: raw sums by name. loads: router number -> tokens that chose each expert, FP64 [E]. inside, across: bytes
-    sent between ranks of a node, and between nodes, by operation of the dispatcher.
+    sent between ranks of a node, and between nodes, by operation of the dispatcher. asked: ranks asked to stop.
     """
 
     losses: dict[str, float]
     loads: dict[int, Tensor]
     inside: dict[str, int]
     across: dict[str, int]
+    asked: int = 0
 
 
 class Engine:
@@ -158,29 +159,43 @@ class Engine:
 
     # -- the phases of a step
     def forward_backward(
-        self, tokens: Mapping[int, Tensor], batch: int, mtp_weight: float, length: int | None = None
+        self,
+        tokens: Mapping[int, Tensor],
+        batch: int,
+        mtp_weight: float,
+        length: int | None = None,
+        asked: bool = False,
     ) -> Totals:
         """Run the step's program. Each stage's gradients, summed in `main_grad`, are on their way to its other copies.
 
         tokens: [sequences, length+1] int64 of each micro-batch, where `needs_tokens`. batch: sequences of the global
-        batch. length: of each, in tokens, in this step; the recipe's unless told.
+        batch. length: of each, in tokens, in this step; the recipe's unless told. asked: whether this rank has been
+        asked to stop, which all learn from the totals.
         """
         length = length or self.recipe.train.sequence_length
         self.optimizer.gradient_scale = loss_scale(batch * length)
-        return self._run(tokens, batch, length, self.seeds(batch, length, mtp_weight), training=True)
+        return self._run(tokens, batch, length, self.seeds(batch, length, mtp_weight), training=True, asked=asked)
 
     def evaluate(self, tokens: Mapping[int, Tensor], batch: int) -> Totals:
         """Forward only, through the same program, for any number of sequences; routers stay as they are."""
         return self._run(tokens, batch, self.recipe.train.sequence_length, {}, training=False)
 
-    def update(self, lr: float, bias_speed: float, totals: Totals) -> tuple[bool, float]:
+    def update(
+        self,
+        lr: float,
+        bias_speed: float,
+        totals: Totals,
+        allows: Callable[[float], bool] | None = None,
+        spoilt: bool = False,
+    ) -> tuple[bool, float]:
         """Reduce, clip and apply the gradients, and move the router biases; returns (applied, gradient norm).
 
-        A gradient that is not finite anywhere leaves everything everywhere as it was.
+        A gradient that is not finite anywhere leaves everything everywhere as it was, and so does a norm that `allows`
+        refuses (the same on all ranks). spoilt: this rank has found a reason to leave the step out; the norm is NaN.
         """
         self.optimizer.reduce_gradients()
-        norm = self.optimizer.grad_norm()
-        applied = self.optimizer.step(lr, norm)
+        norm = self.optimizer.grad_norm(spoilt)
+        applied = self.optimizer.step(lr, norm, allows is None or allows(float(norm)))
         if applied:
             self.numerics.bump()
             for number, router in self.routers().items():
@@ -205,7 +220,13 @@ class Engine:
 
     # -- inside
     def _run(
-        self, tokens: Mapping[int, Tensor], batch: int, length: int, seeds: Mapping[str, float], training: bool
+        self,
+        tokens: Mapping[int, Tensor],
+        batch: int,
+        length: int,
+        seeds: Mapping[str, float],
+        training: bool,
+        asked: bool = False,
     ) -> Totals:
         program = self.program(batch)
         if not training:
@@ -216,7 +237,7 @@ class Engine:
             for mb, ids in self.sequences(batch).items()
         }
         self._step(program, batches)
-        return self._totals(batches)
+        return self._totals(batches, asked)
 
     def _step(self, program: Program, batches: Mapping[int, Microbatch]) -> None:
         """Run the program; the first time, make sure that the expert group does so in lockstep."""
@@ -231,7 +252,7 @@ class Engine:
             agree(experts, self.dispatcher.log)
             self.in_lockstep.add(program)
 
-    def _totals(self, batches: Mapping[int, Microbatch]) -> Totals:
+    def _totals(self, batches: Mapping[int, Microbatch], asked: bool) -> Totals:
         """Add up losses, router loads and bytes sent over the world, and clear the loads.
 
         Each loss of a micro-batch is computed, and each token routed by each layer, on one rank of a pipeline. Losses
@@ -254,9 +275,10 @@ class Engine:
         traffic = self.dispatcher.traffic
         sent = [[kind[operation] for operation in OPERATIONS] for kind in (traffic.inside, traffic.across)]
         sizes = torch.tensor(sent, dtype=torch.float64, device=self.device)
-        flat = torch.cat([table.flatten(), loads.flatten(), sizes.flatten()])
+        asks = torch.tensor([asked], dtype=torch.float64, device=self.device)
+        flat = torch.cat([table.flatten(), loads.flatten(), sizes.flatten(), asks])
         dist.all_reduce(flat)
-        summed = flat.split([table.numel(), loads.numel(), sizes.numel()])
+        summed = flat.split([table.numel(), loads.numel(), sizes.numel(), 1])
         sums = summed[0].view_as(table).sum(0).tolist()
         losses = dict.fromkeys(LOSSES, 0.0)
         for (name, _), value in zip(columns, sums, strict=True):
@@ -264,7 +286,8 @@ class Engine:
         inside, across = (
             dict(zip(OPERATIONS, map(int, numbers), strict=True)) for numbers in summed[2].view_as(sizes).tolist()
         )
-        return Totals(losses, dict(zip(routed, summed[1].view_as(loads).cpu(), strict=True)), inside, across)
+        counted = dict(zip(routed, summed[1].view_as(loads).cpu(), strict=True))
+        return Totals(losses, counted, inside, across, int(summed[3]))
 
 
 def loss_scale(tokens: int) -> float:

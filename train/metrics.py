@@ -30,6 +30,8 @@ class Metrics:
         self.steps = JsonLines(directory / "metrics.jsonl", begin["step"])
         self.evaluations = JsonLines(directory / "evaluations.jsonl", begin["step"])
         self.loads = JsonLines(directory / "load.jsonl", begin["step"])
+        self.rollbacks = JsonLines(directory / "rollbacks.jsonl", begin["step"])
+        self.corruptions = JsonLines(directory / "corruptions.jsonl", begin["step"])
         self.console = Console(recipe, begin["step"], begin["tokens"])
         if recipe.train.force_balanced:
             self.console.say(
@@ -51,6 +53,21 @@ class Metrics:
         if self.wandb:
             self.wandb.log(whole)
 
+    def rollback(self, step: int, tokens: int, record: Mapping[str, Any]) -> None:
+        """Report that the run has gone back to `step`: later records go, and what was left out is written down."""
+        for lines in (self.steps, self.evaluations, self.loads):
+            lines.rewind(step)
+        self.rollbacks.write({"step": step, "tokens": tokens, **record})
+        self.console.rewind(step, tokens)
+        begin, end = record["window"]
+        self.warn(
+            record["spike"][1], f"back to step {step}; {end - begin:,} tokens of data from {begin:,} on are left out"
+        )
+
+    def corruption(self, step: int, wrong: Sequence[Mapping[str, Any]]) -> None:
+        """Report copies of parameters that were found wrong, and mended, after `step`."""
+        self.corruptions.write({"step": step, "wrong": list(wrong)})
+
     def warn(self, step: int, text: str) -> None:
         """Tell the user what no number in a line says."""
         self.console.say(f"step {step}: warning: {text}")
@@ -70,31 +87,48 @@ class Metrics:
 
     def close(self) -> None:
         """Flush and close everything."""
-        self.steps.close()
-        self.evaluations.close()
-        self.loads.close()
+        for lines in (self.steps, self.evaluations, self.loads, self.rollbacks, self.corruptions):
+            lines.close()
         self.console.close()
         if self.wandb:
             self.wandb.close()
 
 
 class JsonLines:
-    """One JSON object a line. What a former start wrote up to step `keep` stays; the rest, and a torn line, goes."""
+    """One JSON object a line. What a former start wrote up to step `keep` stays; the rest, and a torn line, goes.
+
+    There is no file before there is a line.
+    """
 
     def __init__(self, path: Path, keep: int) -> None:
-        kept = (
-            [line for line in path.read_text().splitlines() if is_before(line, keep)] if keep and path.exists() else []
-        )
-        rewritten = path.with_suffix(".tmp")
+        self.path = path
+        self.file: TextIO | None = None
+        self.rewind(keep)
+
+    def rewind(self, keep: int) -> None:
+        """Drop what was written of steps after `keep`."""
+        self.close()
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if keep and is_before(line, keep)]
+        rewritten = self.path.with_suffix(".tmp")
         rewritten.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(rewritten, path)
-        self.file = path.open("a", buffering=1)  # a line is on its way as soon as it is whole
+        os.replace(rewritten, self.path)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(finite(record)) + "\n")
+        if self.file is None:
+            self.file = self.path.open("a", buffering=1)  # a line is on its way as soon as it is whole
+        try:
+            self.file.write(json.dumps(finite(record)) + "\n")
+        except (
+            OSError
+        ) as error:  # a full disk, perhaps for as long as a checkpoint is tried: the line waits in the buffer
+            print(f"weft: {self.path}: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        self.file.close()
+        if self.file:
+            self.file.close()
+            self.file = None
 
 
 def is_before(line: str, step: int) -> bool:
@@ -142,6 +176,11 @@ class Console:
             leave=False,
             bar_format="{bar} {desc}",
         )
+
+    def rewind(self, step: int, tokens: int) -> None:
+        """The run goes on from an earlier step."""
+        self.bar.n = self.step_done = step
+        self.last = self.fraction(step, tokens)
 
     def fraction(self, step: int, tokens: int) -> float:
         """How much of the run is done: of its steps or its tokens, whichever ends it first."""

@@ -63,6 +63,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     moments: str = "bf16"
+    ema_decay: float | None = None  # of the average of the parameters (`train/ema.py`); null: none is kept
 
     def check(self) -> None:
         """Raise `UserError` naming the first value that cannot work."""
@@ -74,6 +75,8 @@ class OptimConfig:
                 raise UserError(f"optim.{name}={getattr(self, name)}: expected above 0")
         if self.weight_decay < 0:
             raise UserError(f"optim.weight_decay={self.weight_decay}: expected at least 0")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"optim.ema_decay={self.ema_decay}: expected null or a number between 0 and 1")
         if self.moments not in MOMENTS:
             raise UserError(f"optim.moments={self.moments}: expected one of {', '.join(MOMENTS)}")
 

@@ -22,6 +22,7 @@ from parallel.schedule import Program, generate, named
 from train.data.config import DataConfig
 from train.model.config import ModelConfig
 from train.optim import OptimConfig
+from train.spikes import SpikeConfig
 
 PRECISIONS = ("fp8", "bf16", "fp32", "fp64")
 
@@ -145,14 +146,17 @@ class TrainConfig:
     eval_every: int = 0  # steps between evaluations on held-out rows, beside the one at the end
     eval_rows: int = 0  # held-out rows of an evaluation; 0: none
     max_skips: int = 10  # steps in a row with a non-finite gradient before the run gives up
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
+    replica_check_every: int = 1  # steps between comparisons of copies that must be equal; 0: none
     threads: int | None = None  # of one process; null: cores / processes
 
     def check(self) -> None:
         if self.steps is None and self.tokens is None:
             raise UserError("train.steps=null and train.tokens=null: expected at least one of them to end the run")
         at_least(1, "train", self, "steps", "tokens", "sequence_length", "max_skips", "threads")
-        at_least(0, "train", self, "seed", "balance_alpha", "eval_every", "eval_rows")
+        at_least(0, "train", self, "seed", "balance_alpha", "eval_every", "eval_rows", "replica_check_every")
         self.batch.check()
+        self.spike.check()
         for choice in self.recompute:
             one_of("train.recompute", choice, CHOICES)
         check_schedule("train.mtp_weight", self.mtp_weight)
@@ -161,27 +165,38 @@ class TrainConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Steps between checkpoints (0: none), how many are kept, and what a start resumes: auto, never or a step."""
+    """Steps between checkpoints (0: none), which are kept, and what a start resumes: auto, never or a step."""
 
     every: int = 0
     keep_last: int = 2
+    keep_every: int = 0  # and those whose step is a multiple of this; 0: none
+    background: bool = True  # written behind the training
     resume: int | str = "auto"
+    allow: list[str] = field(default_factory=list)  # what may differ from the checkpoint: keys, or sections of keys
 
     def check(self) -> None:
-        at_least(0, "checkpoint", self, "every")
+        at_least(0, "checkpoint", self, "every", "keep_every")
         at_least(1, "checkpoint", self, "keep_last")
         if self.resume not in ("auto", "never") and not (isinstance(self.resume, int) and self.resume >= 0):
             raise UserError(f"checkpoint.resume={self.resume}: expected auto, never or the number of a step")
+        for key in self.allow:
+            one_of("checkpoint.allow", key.partition(".")[0], ("model", "precision", "optim", "train", "data"))
 
 
 @dataclass
 class RunConfig:
-    """The run lives in `dir/name`; a null name becomes the recipe's."""
+    """The run lives in `dir/name`; a null name becomes the recipe's. The rest is for `weft train`."""
 
     name: str | None = None
     dir: str = "runs"
+    max_restarts: int = 0  # from the newest checkpoint, after a rank has failed
+    rendezvous: str = "127.0.0.1:0"  # where the ranks find each other, address:port; port 0: any that is free
 
     def check(self) -> None:
+        at_least(0, "run", self, "max_restarts")
+        _, colon, port = self.rendezvous.rpartition(":")
+        if not colon or not port.isdecimal() or int(port) > 65535:
+            raise UserError(f"run.rendezvous={self.rendezvous}: expected address:port, such as 127.0.0.1:29500")
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
             raise UserError(
                 f"run.name={self.name}: expected the name of one folder, without a slash (run.dir holds it)"
@@ -282,6 +297,7 @@ class Recipe:
         self._check_model()
         self._check_precision()
         self._check_fp8()
+        self._check_spike()
         if self.parallel.dispatch == "deepep":
             model = self.model
             check_deepep(model.hidden_size, model.num_experts_per_tok, self.precision, self.parallel.comm_sms)
@@ -298,6 +314,22 @@ class Recipe:
         if wanted not in possible:
             raise UserError(
                 f"parallel.dispatch_precision={wanted}: expected {' or '.join(possible)} with precision={precision}"
+            )
+
+    def _check_spike(self) -> None:
+        spike, checkpoint = self.train.spike, self.checkpoint
+        if spike.policy != "rollback":
+            return
+        if not checkpoint.every:
+            raise UserError(
+                "train.spike.policy=rollback: expected checkpoint.every above 0, to have where to go back to"
+            )
+        during = -(-(spike.patience - 1) // checkpoint.every)
+        if checkpoint.keep_last <= during:
+            raise UserError(
+                f"checkpoint.keep_last={checkpoint.keep_last}: expected at least {during + 1} with "
+                f"train.spike.policy=rollback: of {spike.patience} spikes in a row (train.spike.patience) "
+                f"{during} may be saved with checkpoint.every={checkpoint.every}, and one from before must be there"
             )
 
     def _check_fp8(self) -> None:

@@ -2,17 +2,21 @@
 
 Time is counted in tokens: learning rate, batch size, bias speed, MTP weight and the rows of a batch are functions of
 the tokens consumed, so resuming needs no replay. The distributed model is `train.engine`; this file adds data, time,
-evaluation, checkpoints and metrics.
+evaluation, checkpoints and metrics. What may go wrong has files of its own: `preemption`, `spikes`, `replicas`,
+`watchdog`, `failures`.
 """
 
+import json
 import math
 import os
 import resource
 import time
+import uuid
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,14 +27,22 @@ from parallel.experts.build import check_device
 from parallel.mesh import communicator_options
 from parallel.recorder import Recorder
 from parallel.trace import OFF
-from train import checkpoint, data
+from train import data, watchdog
+from train.behind import Behind
+from train.checkpoint import Checkpoints, Saved
+from train.checkpoint.resuming import changes, identity
 from train.data.sampler import row_ids
+from train.ema import EMA
 from train.engine import Engine, Totals
 from train.load import LoadWatch
+from train.lock import claim
 from train.metrics import Metrics
 from train.optim import batch_size, learning_rate, piecewise
 from train.precision import fp8_backend
+from train.preemption import Preemption, mark, unmark
 from train.recipe import Recipe
+from train.replicas import Replicas
+from train.spikes import Spikes
 
 
 class Trainer:
@@ -42,14 +54,26 @@ class Trainer:
         self.data = open_data(recipe)
         self.trace = self.recorder() if recipe.trace else OFF
         self.engine = Engine(recipe, device, self.trace)
-        self.checkpoints = self.directory / "checkpoints"
+        behind = Behind(device)
+        self.ema = EMA(self.engine.optimizer, recipe.optim.ema_decay, behind) if recipe.optim.ema_decay else None
+        keep = {"keep_last": recipe.checkpoint.keep_last, "keep_every": recipe.checkpoint.keep_every}
+        background = recipe.checkpoint.background
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", behind, background=background, **keep)
+        if recipe.checkpoint.every:
+            self.checkpoints.prepare()
+        self.run_id = uuid.uuid4().hex  # of the first start; a resumed run keeps it
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0
+        self.preemption, self.spikes = Preemption(), Spikes(recipe.train.spike)
+        self.replicas = Replicas(self.engine)
+        self.corrupted = self.mended_in_a_row = 0  # wrong copies that this start has found; steps made again for them
         resumed = self.resume()
+        if recipe.checkpoint.every:
+            self.checkpoints.reserve(self.state(ema=True))
         self.metrics = Metrics(recipe, self.directory, resumed) if dist.get_rank() == 0 else None
         self.load = LoadWatch(recipe.log)
 
-    def fit(self) -> None:
-        """Train until `train.steps` or `train.tokens` is reached."""
+    def fit(self) -> bool:
+        """Train until `train.steps` or `train.tokens` is reached; False if the run was preempted before."""
         while not self.done():
             began = time.perf_counter()
             batch = batch_size(self.recipe.train.batch, self.tokens)
@@ -57,21 +81,41 @@ class Trainer:
             loaded = time.perf_counter()
             self.trace.begin(self.step + 1, self.engine.program(batch))
             self.engine.numerics.health.begin(self.looks_at_fp8(self.step + 1))
-            totals = self.engine.forward_backward(rows, batch, self.now("mtp_weight"))
+            self.engine.optimizer.watch(self.looks_for_culprits())
+            totals = self.engine.forward_backward(
+                rows, batch, self.now("mtp_weight"), asked=bool(self.preemption.asked)
+            )
             ended = self.tokens + batch * self.recipe.train.sequence_length
             lr = learning_rate(self.recipe.optim.lr, ended)
-            applied, norm = self.engine.update(lr, self.now("bias_speed"), totals)
-            self.advance(ended, applied)
-            self.report(totals, batch, lr, norm, began, loaded)
+            loss = self.means(totals, batch)["loss"]
+            differ = self.compares_replicas(self.step + 1) and self.replicas.differ()
+            self.settle()
+            applied, norm = self.engine.update(
+                lr, self.now("bias_speed"), totals, partial(self.spikes.applies, loss), spoilt=differ
+            )
+            if self.compares_replicas(self.step + 1) and not math.isfinite(norm) and self.mended():
+                continue  # the same batch again, with copies that are right
+            if self.ema and applied:
+                self.ema.update()
+            self.advance(ended, applied, math.isfinite(norm))
+            spike = self.spikes.take(loss, norm)
+            self.report(totals, batch, lr, norm, began, loaded, spike)
+            if self.spikes.persists:
+                self.roll_back()
+                continue
             if self.due(self.recipe.train.eval_every) and not self.done():
                 self.evaluate()
             if self.due(self.recipe.checkpoint.every):
                 self.save()
+            if totals.asked and not self.done():
+                return self.preempt()
         if self.recipe.checkpoint.every and not self.due(self.recipe.checkpoint.every):
             self.save()
         self.evaluate()
+        self.checkpoints.finish()
         if self.metrics:
             self.metrics.close()
+        return True
 
     def looks_at_fp8(self, step: int) -> bool:
         """Whether this step's record tells what FP8 does to each layer."""
@@ -92,20 +136,93 @@ class Trainer:
         """The value of a schedule of `train` at the tokens consumed."""
         return piecewise(getattr(self.recipe.train, key), self.tokens)
 
-    def advance(self, tokens: int, applied: bool) -> None:
+    def advance(self, tokens: int, applied: bool, finite: bool) -> None:
         """Count the step; give up after `train.max_skips` in a row without a finite gradient."""
         self.step, self.tokens = self.step + 1, tokens
         self.skipped += not applied
-        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= self.recipe.train.max_skips:
-            raise RuntimeError(
-                f"step {self.step}: {self.skipped_in_a_row} steps in a row had a gradient that is not finite"
+            self.give_up()
+
+    # -- what goes wrong
+    def looks_for_culprits(self) -> bool:
+        """Whether to look where a gradient is not finite: once steps have been left out for it."""
+        return self.skipped_in_a_row > 0 or self.recipe.train.max_skips == 1
+
+    def compares_replicas(self, step: int) -> bool:
+        """Whether copies that must be equal are compared in this step."""
+        every = self.recipe.train.replica_check_every
+        return every > 0 and step % every == 0
+
+    def mended(self) -> bool:
+        """After a step that was left out: whether that was for wrong copies, which are right again now."""
+        wrong = self.replicas.mend()
+        self.mended_in_a_row = self.mended_in_a_row + 1 if wrong else 0
+        if wrong:
+            told = "; ".join(map(str, wrong[:5])) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+            message = f"step {self.step + 1}: copies that are not what their masters say: {told}"
+            if self.mended_in_a_row >= self.recipe.train.max_skips:
+                raise RuntimeError(f"{message}; and so {self.mended_in_a_row} times in a row")
+            self.corrupted += len(wrong)
+            if self.metrics:
+                self.metrics.corruption(self.step, [asdict(each) for each in wrong])
+                self.metrics.warn(self.step + 1, f"silent corruption: {told}; mended, the step is made again")
+        return bool(wrong)
+
+    def give_up(self) -> NoReturn:
+        """Leave behind what tells why no gradient is finite, one file a rank, and end the run."""
+        mine = self.engine.optimizer.not_finite
+        everyone: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, mine)
+        folder = self.directory / "dump" / f"step-{self.step:08d}"
+        dump(folder, {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "not_finite": mine})
+        where = [f"rank {rank}: {name}" for rank, found in enumerate(everyone) for name in found]
+        told = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
+        raise RuntimeError(
+            f"step {self.step}: {self.skipped_in_a_row} steps in a row had a gradient that is not finite"
+            f"{f', before any sum in {told}' if where else ''}; {folder} tells more"
+        )
+
+    def roll_back(self) -> None:
+        """Go back to the newest checkpoint from before the spike; the data since then is left out from now on."""
+        spike = self.recipe.train.spike
+        first = self.step - self.spikes.in_a_row + 1
+        what = f"step {self.step}: {self.spikes.in_a_row} spikes in a row, the first in step {first}"
+        windows, end = self.spikes.windows, self.spikes.position(self.tokens)
+        if len(windows) >= spike.max_rollbacks:
+            raise RuntimeError(f"{what}, after {len(windows)} rollbacks (train.spike.max_rollbacks)")
+        saved = self.checkpoints.before(first)
+        if saved is None:
+            raise RuntimeError(f"{what}, and no checkpoint from before to go back to")
+        last = self.step
+        self.take_up(saved)
+        self.spikes.windows = windows
+        begin = self.spikes.position(self.tokens)
+        self.spikes.leave_out(begin, end)
+        self.checkpoints.forget_after(self.step)
+        self.load = LoadWatch(self.recipe.log)
+        if self.metrics:
+            self.metrics.rollback(self.step, self.tokens, {"spike": [first, last], "window": [begin, end]})
+
+    def preempt(self) -> bool:
+        """Commit a checkpoint of this step, unless the recipe wants none, and say that the run stopped here."""
+        every = self.recipe.checkpoint.every
+        if every and not self.due(every):
+            self.save()
+        self.checkpoints.finish()
+        if self.metrics:
+            self.metrics.warn(
+                self.step, "asked to stop; the next start goes on from here" if every else "asked to stop"
             )
+            self.metrics.close()
+            asked = self.preemption.asked or "a signal to another rank"
+            mark(self.directory, self.step if every else 0, self.tokens if every else 0, asked)
+        return False
 
     # -- data
     def load_batch(self, batch: int) -> dict[int, Tensor]:
         """The rows of this rank's micro-batches, by number; the batch is a function of the tokens consumed."""
-        first = self.tokens // self.recipe.train.sequence_length
+        first = self.spikes.position(self.tokens) // self.recipe.train.sequence_length
         ids = row_ids(first, batch, len(self.data.train), self.recipe.train.seed)
         return self.fetch(self.data.train, ids, batch)
 
@@ -143,7 +260,9 @@ class Trainer:
             losses["balance_loss"] = totals.losses["balance_loss"] / batch
         return losses
 
-    def report(self, totals: Totals, batch: int, lr: float, norm: float, began: float, loaded: float) -> None:
+    def report(
+        self, totals: Totals, batch: int, lr: float, norm: float, began: float, loaded: float, spike: bool
+    ) -> None:
         """One record of the step that has just ended."""
         seconds = time.perf_counter() - began
         measured = self.trace.end()
@@ -162,10 +281,18 @@ class Trainer:
             record |= {f"expert_bytes_{where}": kind for where, kind in sent.items()}
         if health:
             record["fp8_health"] = health
+        if spike:
+            record["spike"] = True
+        if self.spikes.windows:
+            record["rollbacks"] = len(self.spikes.windows)
+        if self.corrupted:
+            record["corrupted"] = self.corrupted
         if self.recipe.train.force_balanced:
             record["force_balanced"] = True
         figures, warnings = self.load.step(totals.loads)
-        self.metrics.step(record | figures, biases)
+        saving, troubles = self.checkpoints.take()
+        warnings += troubles
+        self.metrics.step(record | figures | saving, biases)
         for warning in warnings:
             self.metrics.warn(self.step, warning)
         every = self.recipe.log.load_every
@@ -186,36 +313,62 @@ class Trainer:
         return {number: bias for each in everyone for number, bias in sorted(each.items())}
 
     # -- checkpoints
-    def state(self) -> dict[str, Any]:
+    def settle(self) -> None:
+        """Wait until nobody reads the state any more behind the training: the optimizer is about to move it."""
+        self.checkpoints.settle()
+        if self.ema:
+            self.ema.settle()
+
+    def state(self, ema: bool) -> dict[str, Any]:
         """Everything that a checkpoint holds as tensors, by name; loading writes into these very tensors."""
         biases = {
             f"model.layers.{number}.mlp.gate.e_score_correction_bias": router.e_score_correction_bias
             for number, router in self.engine.routers().items()
         }
-        return {**self.engine.optimizer.state_dict(), "router_bias": biases}
+        average = {"ema": self.ema.by_name()} if self.ema and ema else {}
+        return {**self.engine.optimizer.state_dict(), "router_bias": biases, **average}
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with the run that takes it up."""
-        seed = self.recipe.train.seed
-        return {"model": asdict(self.recipe.model), "train": {"seed": seed}, "data": self.data.fingerprint}
+        return identity(self.recipe, self.data.fingerprint)
 
     def save(self) -> None:
-        """Commit a checkpoint of this step."""
-        meta = {**self.identity(), "tokens": self.tokens, "skipped": self.skipped}
+        """Begin to save this step."""
+        meta = {**self.identity(), "tokens": self.tokens, "skipped": self.skipped, "run_id": self.run_id}
+        meta["spikes"] = self.spikes.state()
         meta["wandb_id"] = self.metrics.wandb_id if self.metrics else None
-        checkpoint.save(self.checkpoints, self.step, self.state(), meta, self.recipe.checkpoint.keep_last)
+        self.checkpoints.save(self.step, self.state(ema=True), meta)
 
     def resume(self) -> dict[str, Any] | None:
         """Take up the checkpoint that `checkpoint.resume` names; returns its description, or None for a fresh start."""
-        step = checkpoint.resume_step(self.checkpoints, self.recipe.checkpoint.resume)
-        if step is None:
+        config = self.recipe.checkpoint
+        saved = self.checkpoints.find(config.resume)
+        if saved is None:
             return None
-        state = self.state()
-        meta = checkpoint.load(self.checkpoints, step, state, self.identity())
+        for change in changes(saved, self.identity(), config.allow):
+            self.checkpoints.say(change)
+        self.take_up(saved)
+        return {**saved.meta, "step": saved.step}
+
+    def take_up(self, saved: Saved) -> None:
+        """Be where a checkpoint was saved, whatever has happened since."""
+        self.settle()
+        state = self.state(ema=saved.has("ema"))
+        self.checkpoints.load(saved, state, ignored=() if self.ema else ("ema",))
         self.engine.optimizer.load_state_dict(state)
         self.engine.numerics.bump()
-        self.step, self.tokens, self.skipped = meta["step"], meta["tokens"], meta["skipped"]
-        return meta
+        if self.ema and not saved.has("ema"):
+            self.ema.restart()
+        self.step, self.tokens, self.skipped = saved.step, saved.meta["tokens"], saved.meta["skipped"]
+        self.run_id = saved.meta["run_id"]
+        self.spikes.load(saved.meta["spikes"])
+
+
+def dump(folder: Path, found: dict[str, Any]) -> None:
+    """Write what this rank has to say after a failure that all have in common."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rank = dist.get_rank()
+    (folder / f"rank-{rank:05d}.json").write_text(json.dumps({"rank": rank, **found}, indent=1) + "\n")
 
 
 def peak_memory(device: torch.device) -> float:
@@ -253,12 +406,24 @@ def start_process_group(recipe: Recipe) -> torch.device:
     return device
 
 
-def main(recipe: Recipe) -> None:
-    """Train as this process's rank, to the end of the recipe."""
+def main(recipe: Recipe) -> bool:
+    """Train as this process's rank, to the end of the recipe; False if the run was preempted before."""
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
+    directory = Path(recipe.run.dir) / str(recipe.run.name)
+    lock = claim(directory) if os.environ.get("RANK", "0") == "0" else None
+    if lock:
+        unmark(directory)
     device = start_process_group(recipe)
+    dog = watchdog.start(recipe.parallel.timeout_seconds)
     if recipe.parallel.node_size is None:
         recipe.parallel.node_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    Trainer(recipe, device).fit()
+    trainer = Trainer(recipe, device)
+    trainer.preemption.listen()
+    finished = trainer.fit()
+    if dog:
+        dog.close()
     dist.destroy_process_group()
+    if lock:
+        lock.release()
+    return finished

@@ -182,6 +182,7 @@ def fp8_linear_dgrad(
         "fp8",
         tuple(Product(o.shape[0], o.shape[1], len(x)) for o in out),
         3 * _operands(x, *dys) + size(x_scales, *dy_scales) + 2 * size(*out),  # requantised, then multiplied
+        _operands(x, *dys) + size(x_scales, *dy_scales),
     ),
     fake=lambda x, x_scales, dys, dy_scales, out, backend: None,
     mutates=("out",),
@@ -249,6 +250,7 @@ def fp8_grouped_dgrad(
         3 * _operands(x, dy)
         + size(x_scales, dy_scales)
         + 2 * sum(1 for count in counts if count) * size(out) // max(len(counts), 1),
+        _operands(x, dy) + size(x_scales, dy_scales),
     ),
     fake=lambda x, x_scales, dy, dy_scales, out, counts, backend: None,
     mutates=("out",),

@@ -100,7 +100,12 @@ def disagreements(logs: Mapping[int, Sequence[Call]]) -> list[str]:
     found = []
     for group, by_rank in collectives.items():
         members = [rank for rank in group.ranks if rank in logs]
+        fine: set[tuple[int, ...]] = set()  # what ranks repeat, they repeat together
         for number, calls in enumerate(zip_longest(*(by_rank[rank] for rank in members))):
+            these = tuple(map(id, calls))
+            if these in fine:
+                continue
+            fine.add(these)
             if trouble := _unlike(group, dict(zip(members, calls, strict=True))):
                 found.append(f"{group.use} of ranks {spans(group.ranks)}: its collective number {number} is {trouble}")
                 break  # whatever comes after is shifted

@@ -10,6 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 from launch.simulate import world
+from launch.simulate.storage import Bytes, difference
 from launch.simulate.work import Event, Operator, PassWork, Piece, StageWork
 from train.model.stage import split_layers
 from train.recipe import Recipe
@@ -92,23 +93,22 @@ class Studies:
         }
         passes = {}
         for name, done in work.passes.items():
-            events = done.events
+            events, less, much = done.events, one.passes[name], two.passes[name]
             if name in blocks:
                 after = _end_of(events, at if name == "F" or base[3] < 2 else at - 1)
-                events = [*events[:after], *blocks[name] * times, *events[after:]]
+                ending = _grown(done, less, much, times)
+                events = [*events[:after], *blocks[name] * times, *events[after:-1], ending]
             else:
-                more = [o for o in _added(one.passes[name].operators, two.passes[name].operators) for _ in range(times)]
-                events = [Piece("weights.W", -1, [*done.operators, *more])]
-            less, much = one.passes[name], two.passes[name]
-            more_kept = times * (much.kept - less.kept)
-            passes[name] = PassWork(events, done.kept + more_kept, done.peak + more_kept)
+                more = [o for o in _added(less.operators, much.operators) for _ in range(times)]
+                events = [replace(_grown(done, less, much, times), operators=[*done.operators, *more])]
+            passes[name] = PassWork(events, done.afterwards)
         return replace(
             work,
             passes=passes,
             once=work.once + times * _added(one.once, two.once),
             **{
                 name: getattr(work, name) + times * (getattr(two, name) - getattr(one, name))
-                for name in ("cached", "dense", "experts")
+                for name in ("cached", "turned", "dense", "experts")
             },
         )
 
@@ -135,6 +135,15 @@ def _of_layer(events: list[Event], layer: int) -> list[Event]:
 def _end_of(events: list[Event], layer: int) -> int:
     """The place after the last event of `layer`."""
     return 1 + max(place for place, number in enumerate(_layers(events)) if number == layer)
+
+
+def _grown(work: PassWork, one: PassWork, two: PassWork, times: int) -> Piece:
+    """The last event of `work`; for each layer more it leaves as much more as that of `two` does than that of `one`."""
+    piece, less, much = (each.events[-1] for each in (work, one, two))
+    assert isinstance(piece, Piece) and isinstance(less, Piece) and isinstance(much, Piece)
+    added = difference(much.left, less.left)
+    left = {part: piece.left[part] + times * added[part] for part in {*piece.left, *added}}
+    return replace(piece, left=Bytes({part: size for part, size in left.items() if size}))
 
 
 def _added(before: list[Operator], after: list[Operator]) -> list[Operator]:

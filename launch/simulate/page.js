@@ -134,6 +134,31 @@ function detail() {
   const said = `rank ${chosen.rank}: ${words(slot[0]).replace("\n", " ")}, from ${time(slot[1], 1e6)}`
   pen.fillText(`${said}, ${time(race.seconds * 1e6)}, ${time(race.exposed * 1e6)} of it exposed`, LEFT, 119)
 }
+// What each rank holds over the step: an area under what a GPU has, with a dot at the peak.
+function held() {
+  const bottom = TOP + step.ranks.length * (ROW + GAP)
+  const [pen, whole] = prepare(document.getElementById("held"), bottom + 2), width = whole - LEFT
+  const scale = width / step.end, most = Math.max(step.memory, ...step.ranks.flatMap(r => r.held.map(([top]) => top)))
+  pen.clearRect(0, 0, whole, bottom + 2)
+  axis(pen, 0, step.end, width, bottom)
+  step.ranks.forEach((rank, number) => {
+    const y = TOP + number * (ROW + GAP), at = time => LEFT + time * scale, level = size => y + ROW * (1 - size / most)
+    const peak = rank.held.reduce((best, [top], i) => top > rank.held[best][0] ? i : best, 0)
+    const middle = ([, begin, end]) => at((begin + end) / 2)
+    pen.fillStyle = colours.faint, pen.fillText("rank " + number, 0, y + ROW / 2)
+    box(pen, colours.track, LEFT, y, width, ROW)
+    pen.beginPath(), pen.moveTo(LEFT, y + ROW), pen.lineTo(LEFT, level(rank.held[rank.held.length - 1][1]))
+    rank.slots.forEach((slot, i) => {
+      if (i) pen.lineTo(at(slot[1]), level(rank.held[i - 1][1]))
+      pen.lineTo(middle(slot), level(rank.held[i][0])), pen.lineTo(at(slot[2]), level(rank.held[i][1]))
+    })
+    pen.lineTo(at(rank.slots[rank.slots.length - 1][2]), y + ROW)
+    pen.fillStyle = colours.f1, pen.fill()
+    box(pen, colours.wait, LEFT, level(step.memory), width, 1)
+    pen.beginPath(), pen.arc(middle(rank.slots[peak]), level(rank.held[peak][0]), 3.5, 0, 7)
+    pen.fillStyle = colours.ink, pen.fill()
+  })
+}
 const refresh = () => { if (!painting) painting = true, requestAnimationFrame(draw) }
 
 // ------------------------------------------------------------ moving
@@ -207,7 +232,7 @@ canvas.addEventListener("keydown", event => {
   }
   if (keys[event.key] && !event.ctrlKey && !event.metaKey) event.preventDefault(), keys[event.key]()
 })
-const all = () => { look(), draw(), detail() }
+const all = () => { look(), draw(), detail(), held() }
 addEventListener("resize", all)
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all)
 all()

@@ -6,6 +6,7 @@ figures of the very step are published (`published`), they stand beside the simu
 """
 
 import json
+from collections import Counter
 from dataclasses import fields, is_dataclass
 from html import escape
 from importlib.resources import files
@@ -15,6 +16,7 @@ from typing import Any
 from launch.simulate import published
 from launch.simulate.result import Result
 from launch.simulate.sheet import Sheet
+from launch.simulate.trace import SHOWN
 from parallel.schedule.program import spell
 
 GIB = 2**30
@@ -25,6 +27,7 @@ NAMES = {
     "overlapped": "overlapped pairs (1F1B)",
     "bubble": "bubble",
     "optimizer": "optimizer",
+    "checkpoint": "checkpoints, on average",
 }
 ABOUT = {"name", "gpus", "node_size", "sms", "provenance"}  # of a sheet: what the cluster is, not what it can do
 
@@ -65,28 +68,51 @@ def html(result: Result) -> str:
 
 
 def data(result: Result) -> str:
-    """What the timeline draws, as JSON: races once each, and for each rank [name, begin, end, race] in microseconds."""
+    """What the page draws, as JSON.
+
+    Races once each; for each rank [name, begin, end, race] in microseconds, and MiB held at most during an instruction
+    and after it. Where all races differ, those that a rank has shown `SHOWN` times the like of have no lanes.
+    """
     races = {id(slot.race): slot.race for row in result.timeline.ranks for slot in row}
     numbers = {key: number for number, key in enumerate(races)}
+    shown = shown_races(result)
     spans = [
         {
             "seconds": race.seconds,
             "exposed": race.exposed,
-            "spans": [[each.lane, each.name, each.layer, _micro(each.begin), _micro(each.end)] for each in race.spans],
+            "spans": [
+                [each.lane, each.name, each.layer, _micro(each.begin), _micro(each.end)]
+                for each in race.spans
+                if key in shown
+            ],
         }
-        for race in races.values()
+        for key, race in races.items()
     ]
     ranks = [
         {
             "stages": held,
             "slots": [[spell(s.instruction), _micro(s.begin), _micro(s.end), numbers[id(s.race)]] for s in row],
+            "held": [[round(size / 2**20) for size in sizes] for sizes in peak.curve],
         }
-        for held, row in zip(result.program.placement, result.timeline.ranks, strict=True)
+        for held, row, peak in zip(result.program.placement, result.timeline.ranks, result.memory, strict=True)
     ]
     lines = {"end": _micro(result.timeline.seconds), "step": _micro(result.step_seconds)}
     lines["stages"] = result.program.stages
+    lines["memory"] = round(result.sheet.memory_bytes / 2**20)
     text = json.dumps({**lines, "races": spans, "ranks": ranks}, separators=(",", ":"))
     return text.replace("</", "<\\/")
+
+
+def shown_races(result: Result) -> set[int]:
+    """Ids of the races whose lanes are drawn."""
+    shown, times = set[int](), Counter[tuple[object, ...]]()
+    for rank, row in enumerate(result.timeline.ranks):
+        for slot in row:
+            like = rank, slot.instruction[0], *slot.instruction[1::2]
+            times[like] += 1
+            if times[like] <= SHOWN:
+                shown.add(id(slot.race))
+    return shown
 
 
 def _micro(seconds: float) -> int:
@@ -205,8 +231,8 @@ def _breakdown(result: Result) -> str:
     for kind, took in [*result.breakdown.items(), ("step", result.step_seconds)]:
         row = [NAMES.get(kind, kind), f"{took:.3f} s", f"{100 * took / result.step_seconds:.1f} %"]
         if real:
-            there = real.breakdown.get(kind, real.step_seconds)
-            row += [f"{there:.3f} s", f"{100 * (took / there - 1):+.1f} %"]
+            there = real.step_seconds if kind == "step" else real.breakdown.get(kind)
+            row += [f"{there:.3f} s", f"{100 * (took / there - 1):+.1f} %"] if there else ["", ""]
         rows.append(row)
     parts = [(f"k-{kind}", took, f"{NAMES[kind]}: {took:.3f} s") for kind, took in result.breakdown.items()]
     heads = ["a rank's seconds", "simulated", "share"] + (["published", "deviation"] if real else [])
@@ -258,6 +284,8 @@ def _memory(result: Result) -> str:
         note,
         _legend([(f"m{number}", name) for number, name in enumerate(names)]),
         _table(["rank", "", "GiB", "GiB", "at"], rows),
+        '<p class="note">Over the step; the dot is the peak, the line what a GPU has.</p>',
+        '<canvas id="held" aria-label="memory of all pipeline ranks over the step"></canvas>',
         f"<details><summary>by part, in GiB</summary>{detail}</details>",
         name="memory",
     )

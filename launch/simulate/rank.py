@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from launch.simulate.communication import Call, Communicator, disagreements, heard, spans
 from launch.simulate.result import place
 from launch.simulate.sheet import Sheet
-from launch.simulate.work import Memory
+from launch.simulate.storage import Memory
 from launch.simulate.world import balanced, fake_world
 from parallel import zero
 from parallel.errors import UserError
@@ -314,6 +314,7 @@ def one_step(recipe: Recipe) -> Recipe:
     train, log = recipe.train, recipe.log
     train.steps, train.tokens, train.eval_every, train.eval_rows = 1, None, 0, 0
     train.batch.start, train.batch.ramp_tokens = train.batch.end, 0
+    train.replica_check_every, train.spike.policy = 0, "none"
     recipe.checkpoint.every, recipe.checkpoint.resume, recipe.trace = 0, "never", False
     log.bias_every, log.health_every, log.load_every, log.starving_steps = 0, 0, 0, 0
     return recipe
@@ -331,7 +332,12 @@ def without_files(recipe: Recipe) -> Iterator[None]:
             return torch.zeros(len(numbers), recipe.train.sequence_length + 1, dtype=torch.int64)
 
     text = SimpleNamespace(train=Rows())
-    with patch.object(trainer, "open_data", lambda _: text), patch.object(trainer, "Metrics"):
+    none = Mock(**{"find.return_value": None, "take.return_value": ({}, [])})
+    with (
+        patch.object(trainer, "open_data", lambda _: text),
+        patch.object(trainer, "Metrics"),
+        patch.object(trainer, "Checkpoints", return_value=none),
+    ):
         yield
 
 

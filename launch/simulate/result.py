@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from launch.simulate import engine, world
+from launch.simulate import cores, engine, world
 from launch.simulate.engine import Timeline
-from launch.simulate.memory import Peak, peaks
+from launch.simulate.memory import Peak, peaks, remedies
 from launch.simulate.sheet import Sheet
-from launch.simulate.update import update
+from launch.simulate.skew import QUIET, Noise, unlike
+from launch.simulate.update import pause, update
 from launch.simulate.work import Piece, StageWork
 from parallel import schedule
 from parallel.errors import UserError
@@ -23,7 +24,7 @@ from parallel.schedule import Program
 from parallel.schedule.program import spell
 from train.recipe import Recipe
 
-KINDS = ("forward", "backward_input", "backward_weight", "overlapped", "bubble", "optimizer")
+KINDS = ("forward", "backward_input", "backward_weight", "overlapped", "bubble", "optimizer", "checkpoint")
 
 
 @dataclass
@@ -91,30 +92,44 @@ def place(recipe: Recipe, sheet: Sheet) -> None:
         )
     if layout.node_size is None:
         layout.node_size = sheet.node_size
+    if sheet.cores and recipe.fp8.backend == "auto":
+        recipe.fp8.backend = "reference"  # the only one on a CPU
 
 
 def simulate(
-    recipe: Recipe, sheet: Sheet, program: Program | None = None, stages: dict[int, StageWork] | None = None
+    recipe: Recipe,
+    sheet: Sheet,
+    program: Program | None = None,
+    stages: dict[int, StageWork] | None = None,
+    noise: Noise = QUIET,
 ) -> Result:
     """One step at the recipe's full batch. Raises `UserError` for a layout that the cluster has no room for.
 
-    program, stages: the recipe's own, where they are known already.
+    program, stages: the recipe's own, where they are known already. noise: how far ranks are from alike.
     """
     layout, began = recipe.parallel, time.perf_counter()
     place(recipe, sheet)
+    if sheet.cores and (noise.skew or noise.jitter):
+        raise UserError(f"cluster={sheet.name}: expected neither skew nor jitter where ranks share cores")
     batch = recipe.train.batch.end
     microbatches = layout.microbatches or recipe.microbatches(batch, "train.batch.end")
     program = program or schedule.build(layout.schedule, layout.pipeline, microbatches, layout.chunks)
     stages = stages or world.study_stages(recipe, program.placement)
-    timeline = engine.run(program, stages, sheet)
     node = layout.node_size or sheet.node_size
     mesh = Mesh(layout.pipeline, layout.data, layout.context, layout.expert, rank=0, node_size=node)
+    differ = unlike(noise, recipe, sheet, mesh, program, stages) if noise.skew or noise.jitter else None
+    if sheet.cores:
+        timeline = cores.run(program, stages, sheet, mesh.width)
+    else:
+        timeline = engine.run(program, stages, sheet, near=engine.neighbours(mesh), skew=differ)
     ending = update(program, stages, timeline, mesh, sheet, recipe.optim.moments)
-    seconds = timeline.seconds + ending.seconds
+    memory = peaks(program, stages, mesh, recipe.optim.moments, sheet.reserved)
+    most = max(peak.parts["optimizer"] for peak in memory)
+    stands = pause(most, recipe.checkpoint, timeline.seconds, sheet)
+    seconds = timeline.seconds + ending.seconds + stands
     tokens = microbatches * layout.data * layout.microbatch_size * recipe.train.sequence_length
-    spent = breakdown(timeline) | {"optimizer": ending.seconds}
+    spent = breakdown(timeline) | {"optimizer": ending.seconds, "checkpoint": stands}
     exposed = fmean(sum(slot.race.exposed for slot in row) for row in timeline.ranks)
-    memory = peaks(program, stages, mesh, recipe.optim.moments)
     wall = time.perf_counter() - began
     missing = uncovered(stages, sheet)
     return Result(recipe, sheet, program, stages, timeline, tokens, seconds, spent, exposed, memory, wall, missing)
@@ -158,7 +173,8 @@ def flops_per_token(result: Result) -> dict[str, float]:
 
 def uncovered(stages: dict[int, StageWork], sheet: Sheet) -> list[str]:
     """Operators whose time is only a peak's, because the sheet has no curve for them."""
-    operators = {one for work in stages.values() for each in work.passes.values() for one in each.operators}
+    different = {id(work): work for work in stages.values()}.values()
+    operators = (one for work in different for each in work.passes.values() for one in each.operators)
     return sorted({f"{one.name} ({one.cost.unit})" for one in operators if not sheet.covers(one.cost, one.name)})
 
 
@@ -178,6 +194,7 @@ def text(result: Result) -> str:
         *(
             (kind.replace("_", " "), f"{took:.3f} s", f"{took / result.step_seconds:.1%}")
             for kind, took in result.breakdown.items()
+            if took or kind != "checkpoint"
         ),
         (
             "communication in the open",
@@ -203,6 +220,10 @@ def text(result: Result) -> str:
         )
         for row in rows
     ]
+    if room < 0:
+        largest = sorted(most.parts.items(), key=lambda item: -item[1])[:4]
+        lines += ["", "it consists of " + ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in largest)]
+        lines += ["to need less: " + "; ".join(remedies(most, result.recipe))]
     if result.uncovered:
         lines += ["", "without a curve, at the peak's rate: " + ", ".join(result.uncovered)]
     return "\n".join([title, "", *lines, "", f"simulated in {result.wall_seconds:.1f} s"])

@@ -5,11 +5,13 @@ each) + launch; what is no product takes its bytes over the memory's rate, or it
 knows nothing of models: it answers how long an operator, an exchange or a message takes.
 """
 
+import os
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from importlib.resources import files
 from math import ceil
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from types import UnionType
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -35,14 +37,57 @@ class Waves:
 
 
 @dataclass(frozen=True)
+class Line:
+    """Calls of one operator: call + turns x turn + operations x operation + bytes x byte; seconds each.
+
+    A turn is one block of 128 along the contracted width of one matrix product: what FP8's reference loops over.
+    """
+
+    call: float
+    turn: float = 0.0
+    operation: float = 0.0
+    byte: float = 0.0
+
+    @staticmethod
+    def features(cost: Cost) -> tuple[float, float, float, float]:
+        """What the four coefficients are multiplied by."""
+        turns = sum(product.groups * ceil(product.k / 128) for product in cost.products)
+        return 1, turns, cost.flops, cost.bytes
+
+    def seconds(self, cost: Cost) -> float:
+        """Of one call."""
+        _, turns, operations, size = self.features(cost)
+        return self.call + turns * self.turn + operations * self.operation + size * self.byte
+
+
+def operator_key(name: str, cost: Cost) -> str:
+    """Under which name `Sheet.operators` has an operator: products of unlike precision have curves of their own."""
+    return f"{name}.{cost.unit}" if cost.products else name
+
+
+@dataclass(frozen=True)
 class Link:
     """bytes_per_second of one GPU in one direction, and seconds until the first byte arrives."""
 
     bytes_per_second: float
     latency: float
 
-    def seconds(self, size: int) -> float:
+    def seconds(self, size: float) -> float:
         return self.latency + size / self.bytes_per_second
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Of a machine whose ranks are processes on its cores: how many there are, and what more than operators uses them.
+
+    together: how many times as long everything takes while all cores are busy. between: seconds of Python for each
+    operator. message: processor time of sending or receiving.
+    """
+
+    count: int
+    together: float
+    between: float
+    message: Link
 
 
 @dataclass(frozen=True)
@@ -52,7 +97,11 @@ class Sheet:
     products: by unit ("fp8", "bf16", "fp32"). attention: operations per second and SM, by operator. memory: bytes per
     second. launch: the least that any operator takes. exchange: what an expert exchange across nodes reaches while
     GEMMs run beside it; exchange_alone: with nothing beside it. comm_sms: those that GEMMs leave to it. read: the
-    host's wait for numbers that are there. provenance: of every figure.
+    host's wait for numbers that are there. gap: seconds that it leaves a GPU idle between two instructions. copy_out,
+    storage: from a GPU to its host, and from there to where checkpoints lie. reserved: bytes that the framework cannot
+    allocate, for contexts and communicators. These four are 0 where nobody knows. operators: measured one by one
+    (`operator_key`); they go before all other curves. optimizer: bytes per second, the memory's unless told. cores:
+    of a machine whose ranks have no device of their own. provenance: of every figure.
     """
 
     name: str
@@ -72,6 +121,13 @@ class Sheet:
     exchange_alone: Link
     comm_sms: int
     read: float
+    gap: float = 0.0
+    copy_out: float = 0.0
+    storage: float = 0.0
+    reserved: int = 0
+    operators: dict[str, Line] = field(default_factory=dict)
+    optimizer: float = 0.0
+    cores: Cores | None = None
     provenance: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -81,6 +137,8 @@ class Sheet:
     def seconds(self, cost: Cost, name: str, sms: int | None = None) -> float:
         """How long an operator takes on `sms` of the SMs (all, unless told)."""
         sms = sms or self.sms
+        if measured := self.operators.get(operator_key(name, cost)):
+            return measured.seconds(cost) * self.sms / sms + (self.cores.between if self.cores else 0.0)
         if cost.products and cost.unit in self.products:
             curve = self.products[cost.unit]
             return sum(curve.seconds(product, sms) for product in cost.products)
@@ -94,11 +152,13 @@ class Sheet:
 
     def covers(self, cost: Cost, name: str) -> bool:
         """Whether an operator's time comes from a curve or the memory's rate, and not from a bare peak."""
+        if operator_key(name, cost) in self.operators:
+            return True
         if cost.products:
             return cost.unit in self.products
         return cost.unit == "vector" or name in self.attention
 
-    def exchange_seconds(self, inside: int, across: int, beside: bool = True) -> float:
+    def exchange_seconds(self, inside: float, across: float, beside: bool = True) -> float:
         """An exchange of rows that sends these bytes; of the hops across and inside the faster hides under the slower.
 
         beside: whether GEMMs run meanwhile.
@@ -110,6 +170,14 @@ class Sheet:
 
 
 # ---------------------------------------------------------------- reading one
+LOCAL = "local"
+
+
+def local_path() -> Path:
+    """Where `weft calibrate` leaves the sheet of this machine: under $WEFT_CACHE, else ~/.cache/weft."""
+    return Path(os.environ.get("WEFT_CACHE") or "~/.cache/weft").expanduser() / "cluster" / f"{LOCAL}.yaml"
+
+
 def sheet_names() -> list[str]:
     """Names of weft's own sheets."""
     folder = files("recipes") / "cluster"
@@ -119,14 +187,20 @@ def sheet_names() -> list[str]:
 def read(cluster: str) -> Sheet:
     """The sheet `NAME`, or that of a file `PATH.yaml`. Raises `UserError` for what is unknown or incomplete."""
     path = Path(cluster)
+    if cluster == LOCAL:
+        path = local_path()
+        if not path.is_file():
+            raise UserError(
+                f"cluster={LOCAL}: {path} does not exist; expected this machine's sheet: run weft calibrate"
+            )
     if path.suffix == ".yaml" and path.is_file():
         text = path.read_text()
     elif cluster in sheet_names():
         text = (files("recipes") / "cluster" / f"{cluster}.yaml").read_text()
     else:
         raise UserError(
-            f"cluster={cluster}: expected one of {', '.join(sheet_names())}, or an existing .yaml file"
-            + did_you_mean(cluster, sheet_names())
+            f"cluster={cluster}: expected one of {', '.join([*sheet_names(), LOCAL])}, or an existing .yaml file"
+            + did_you_mean(cluster, [*sheet_names(), LOCAL])
         )
     try:
         found = yaml.safe_load(text)
@@ -151,6 +225,8 @@ def _fill(kind: Any, value: Any, place: str) -> Any:
             if name not in value and name not in _optional(kind):
                 raise UserError(f"{place}: {name} is missing; expected {_words(hints[name])}")
         return cast(Any, kind)(**{key: _fill(hints[key], item, f"{place}: {key}") for key, item in value.items()})
+    if get_origin(kind) is UnionType:  # a section that a sheet may leave out
+        return _fill(get_args(kind)[0], value, place)
     if getattr(kind, "__origin__", None) is dict:
         if not isinstance(value, dict):
             raise UserError(f"{place}: {value!r}, expected a section")

@@ -34,8 +34,8 @@ def write(result: Result, directory: Path) -> None:
             file = timeline.Timeline(directory / "traces", position * pipelines, pipelines)
             file.add(step, measured)
             events += file.events
-        with (directory / "traces" / "all.json").open("w") as together:
-            json.dump({"displayTimeUnit": "ms", "traceEvents": events}, together)
+        together = json.dumps({"displayTimeUnit": "ms", "traceEvents": events})
+        (directory / "traces" / "all.json").write_text(together)
     except OSError as error:
         raise UserError(f"--trace {directory}: expected a folder to write into; {error.strerror}") from None
 
@@ -45,7 +45,7 @@ def step_of(result: Result, rank: int) -> Step:
     program, line = result.program, result.timeline
     step = Step(1, program, 0.0, result.step_seconds)
     moves = {message: (left, arrived, size) for message, left, arrived, size in line.messages}
-    shown: Counter[int] = Counter()
+    shown: Counter[tuple[object, ...]] = Counter()
     clock = 0.0
     for slot in line.ranks[rank]:
         wanted = [message for message in needs(program, slot.instruction) if message in moves]
@@ -59,8 +59,9 @@ def step_of(result: Result, rank: int) -> Step:
             if message in moves and len({*route(program, message)}) > 1:
                 left, arrived, size = moves[message]
                 step.flights.append(_flight("pipeline", f"send {spell(message)}", size, left, arrived))
-        shown[id(slot.race)] += 1
-        _inside(step, slot, _exchanges(result, slot), shown[id(slot.race)] <= SHOWN)
+        like = slot.instruction[0], *slot.instruction[1::2]
+        shown[like] += 1
+        _inside(step, slot, _exchanges(result, slot), shown[like] <= SHOWN)
         clock = slot.end
     return step
 

@@ -14,12 +14,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kernels.linear import Numerics
 from kernels.ops import Cost, price
+from launch.simulate.storage import Bytes, Parts, difference
 from parallel.experts.shard import share_of
 from parallel.passes import Comm, Compute, HostSync, Microbatch, Pass, Stage, Tape, backward, forward
 
@@ -35,11 +34,16 @@ class Operator:
 
 @dataclass
 class Piece:
-    """Operators that run one after the other on the device, under one name of the pass."""
+    """Operators that run one after the other on the device, under one name of the pass.
+
+    fullest, left: bytes by part that are held at the fullest and at the end, beyond those at its beginning.
+    """
 
     name: str
     layer: int
     operators: list[Operator] = field(default_factory=list)
+    fullest: Bytes = field(default_factory=Bytes)
+    left: Bytes = field(default_factory=Bytes)
 
 
 @dataclass(frozen=True)
@@ -63,31 +67,46 @@ Event = Piece | Exchange | Read
 
 @dataclass
 class PassWork:
-    """One pass: its events in order; bytes that it leaves behind for later passes, and most bytes that it held."""
+    """One pass: its events in order; afterwards: weight gradients that are left until its message is on its way."""
 
     events: list[Event] = field(default_factory=list)
-    kept: int = 0
-    peak: int = 0
+    afterwards: Piece | None = None
+
+    @property
+    def left(self) -> Bytes:
+        """Bytes by part after it, beyond those before it."""
+        found = Bytes()
+        for piece in self.pieces:
+            found.update(piece.left)
+        return found
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """All that is computed."""
+        found = [event for event in self.events if isinstance(event, Piece)]
+        return [*found, self.afterwards] if self.afterwards else found
 
     @property
     def operators(self) -> list[Operator]:
         """All of its operators."""
-        return [operator for event in self.events if isinstance(event, Piece) for operator in event.operators]
+        return [operator for piece in self.pieces for operator in piece.operators]
 
 
 @dataclass(frozen=True)
 class StageWork:
     """The passes of a stage on one micro-batch, by instruction, and what is done once a step.
 
-    "F" keeps the activations of a micro-batch; "I" what its weight gradients wait for; "B" and "W" nothing. once: the
-    first forward's operators that later ones do not repeat, which are those that quantise weights; cached: bytes of
-    what they make. message: bytes of what travels to the next stage. dense, tied, experts: parameters on this
-    rank, of `parameter_size` bytes each, their gradients of `gradient_size`; a rank holds one copy of what is tied.
+    "F" leaves the activations of a micro-batch, which "B" and "I" take away; "I" leaves the operands of its weight
+    gradients, which "W" takes away. once: the first forward's operators that later ones do not repeat, which are those
+    that quantise weights; cached: bytes of what they make; turned: bytes that the first backward adds to them. message:
+    bytes of what travels to the next stage. dense, tied, experts: parameters on this rank, of `parameter_size` bytes
+    each, their gradients of `gradient_size`; a rank holds one copy of what is tied.
     """
 
     passes: dict[str, PassWork]
     once: list[Operator]
     cached: int
+    turned: int
     message: int
     dense: int
     tied: int
@@ -97,73 +116,86 @@ class StageWork:
 
 
 # ---------------------------------------------------------------- seeing it
-class Memory:
-    """Bytes of what is made while somebody tells of it, as long as anybody holds it. peak: the most at a time."""
-
-    def __init__(self) -> None:
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._held = self.peak = 0
-
-    def see(self, given: Any, result: Any) -> None:
-        """An operator has made `result` of `given`; trees of tensors and other things."""
-        known = {each.untyped_storage()._cdata for each in tree_leaves(given) if isinstance(each, Tensor)}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                memory = leaf.untyped_storage()
-                if memory._cdata in known:
-                    continue  # a view
-                if memory._cdata not in self._made or self._made[memory._cdata][0].expired():
-                    self._made[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
-                    self._held += memory.nbytes()
-                    if self._held > self.peak:
-                        self.peak = max(self.peak, self.alive())
-
-    def alive(self) -> int:
-        """Bytes that somebody still holds."""
-        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
-        self._held = sum(size for _, size in self._made.values())
-        return self._held
+PASSING = "working", "communication buffers"  # parts that have another name if they outlast their pass
 
 
 class Observer(TorchDispatchMode):
-    """Notes every priced operator, and the memory that is alive of all that is made meanwhile."""
+    """Notes every priced operator, and in `memory` what is alive of all that is made meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Parts) -> None:
         super().__init__()
         self.operators: list[Operator] = []
-        self.memory = Memory()
+        self.memory = memory
+        self.start = self.ended = Bytes()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled here, and to skip it would import it, which takes two seconds."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         cost = price(func, args, kwargs or {}, result)
         if cost is not None:
             self.operators.append(Operator(func._opname, cost))
-        self.memory.see((args, kwargs), result)
+        self.memory.see((args, kwargs), result, cost.workspace if cost else 0)
+        if func.namespace == "c10d":
+            self.memory.mark(args, "communication buffers")
         return result
 
-    def watch(self, one: Pass) -> tuple[list[Event], Any]:
-        """Run a pass to its end; returns its events, and its result."""
-        events: list[Event] = [Piece("", -1, self.operators)]
-        self.operators.clear()
-        effect: Any = None
+    def watch(self, one: Pass, before: Bytes) -> tuple[list[Event], Any]:
+        """Run a pass to its end; returns its events, and its result. before: what was alive before its input came.
+
+        What is made in the head is called `logits`, what takes part in a collective `communication buffers`.
+        """
+        events: list[Event] = []
+        name, layer, told, effect, ended = "", -1, -1, None, False
         while True:
-            self.operators = []
             if isinstance(effect, Compute):
-                events.append(Piece(effect.name, effect.layer, self.operators))
-            else:
-                last = next(event for event in reversed(events) if isinstance(event, Piece))
-                events.append(Piece(last.name, last.layer, self.operators))
-            if isinstance(effect, Comm | HostSync):
+                name, layer = effect.name, effect.layer
+            elif isinstance(effect, Comm | HostSync):
                 effect.work.wait()
+            self.memory.name = "logits" if name.startswith("head") else "working"
+            piece = self._begin(name, layer)
+            self.start = before if not events else self.start
             try:
                 with self:
                     effect = next(one)
             except StopIteration as end:
-                return [event for event in events if not isinstance(event, Piece) or event.operators], end.value
+                ended, result = True, end.value
+            self._end(piece)
+            if piece.operators or piece.left or ended or layer != told:
+                events.append(piece)
+                told = layer
+            if ended:
+                return events, result
             if isinstance(effect, Comm):
                 events.append(Exchange(effect.name, effect.inside, effect.across))
             elif isinstance(effect, HostSync):
                 events.append(Read(effect.name))
+
+    def weights(self, run: Callable[[], None]) -> Piece:
+        """Compute weight gradients that have waited."""
+        piece = self._begin("weights.W", -1)
+        with self:
+            run()
+        self._end(piece)
+        return piece
+
+    def let_go(self, name: str = "", of: Collection[str] = ()) -> Piece:
+        """What has been let go since the last piece; what is left `of` these parts is called `name`."""
+        self.memory.rename(of, name)
+        return Piece("", -1, [], left=difference(self.memory.parts(), self.ended))
+
+    def _begin(self, name: str, layer: int) -> Piece:
+        self.operators = []
+        self.start = self.memory.begin()
+        return Piece(name, layer, self.operators)
+
+    def _end(self, piece: Piece) -> None:
+        piece.fullest = difference(self.memory.fullest, self.start)
+        self.ended = self.memory.parts()
+        piece.left = difference(self.ended, self.start)
 
 
 def study(
@@ -178,41 +210,40 @@ def study(
     tied: names of parameters that several stages use. Fake tensors are on. The first forward of all also quantises the
     weights.
     """
-    weights, passes = numerics.weight_grads, {}
+    weights, passes, memory = numerics.weight_grads, dict[str, PassWork](), Parts("working")
 
-    def hidden() -> Tensor:
-        return torch.empty(shape, dtype=numerics.dtype)
+    def arrives(none: bool) -> tuple[Tensor | None, Bytes]:
+        before = memory.parts()
+        given = None if none else torch.empty(shape, dtype=numerics.dtype, device="meta")
+        memory.see((), given)  # a pass holds what it has been given
+        return given, before
 
     def forwards() -> tuple[Microbatch, Tape, PassWork, int]:
-        one, observer = batch(), Observer()
-        tape: Tape = []
-        given = None if stage.is_first else hidden()
-        observer.memory.see((), given)  # backward needs what has arrived, too
-        events, out = observer.watch(forward(stage, given, one, tape))
+        one, observer, tape = batch(), Observer(memory), Tape()
+        given, before = arrives(stage.is_first)
+        events, out = observer.watch(forward(stage, given, one, tape), before)
         sent = out.nbytes if out is not None else 0
-        del out, given
-        return one, tape, PassWork(events, observer.memory.alive(), observer.memory.peak), sent
+        del given, out
+        return one, tape, PassWork([*events, observer.let_go("activations", PASSING)]), sent
 
     def backwards(one: Microbatch, tape: Tape, split: bool) -> PassWork:
-        observer = Observer()
-        grad = None if stage.is_last else hidden()
-        events, _ = observer.watch(backward(stage, grad, one, tape, weights, split))
-        if not split:
-            events += run_weights(weights.run)
-        return PassWork(events, observer.memory.alive(), observer.memory.peak)
-
-    def run_weights(run: Callable[[], None]) -> list[Event]:
-        observer = Observer()
-        with observer:
-            run()
-        return [Piece("weights.W", -1, observer.operators)] if observer.operators else []
+        observer = Observer(memory)
+        given, before = arrives(stage.is_last)
+        events, out = observer.watch(backward(stage, given, one, tape, weights, split), before)
+        del given, out
+        of = (*PASSING, "activations", "logits") if split else ()
+        events.append(observer.let_go("deferred weights", of))
+        return PassWork(events, observer.weights(weights.run) if weights.now and not split else None)
 
     one, tape, first, message = forwards()
     passes["B"] = backwards(one, tape, split=False)
+    memory.rename(("activations",), "quantised weights")  # nothing else has outlasted both passes
+    cached = memory.parts()["quantised weights"]
     one, tape, passes["F"], _ = forwards()
     passes["I"] = backwards(one, tape, split=True)
     weights.defer(stage.index)
-    passes["W"] = PassWork(run_weights(lambda: weights.pop(stage.index)))
+    observer = Observer(memory)
+    passes["W"] = PassWork([observer.weights(lambda: weights.pop(stage.index))])
     once = Counter(first.operators) - Counter(passes["F"].operators)
     sizes = {"dense": 0, "tied": 0, "experts": 0}
     for name, parameter in cast(nn.Module, stage).named_parameters():
@@ -220,7 +251,8 @@ def study(
     return StageWork(
         passes,
         list(once.elements()),
-        first.kept - passes["F"].kept,
+        cached,
+        numerics.turned,
         message,
         **sizes,
         parameter_size=numerics.dtype.itemsize,

@@ -261,7 +261,7 @@ def fit_spoiled(words: list[str], bad: set[int]) -> tuple[str, int]:
 def test_too_many_skipped_steps_in_a_row_end_the_run(workers, corpus, tmp_path):
     words = [*corpus, "train.steps=8", "train.max_skips=2", "checkpoint.every=0", f"run.dir={tmp_path}", "run.name=bad"]
     for message, reached in workers(4).run(fit_spoiled, words, {2, 4, 5}, timeout=300):
-        assert message == "step 5: 2 steps in a row had a gradient that is not finite" and reached == 5
+        assert message.startswith("step 5: 2 steps in a row had a gradient that is not finite") and reached == 5
     reported = records(tmp_path / "bad")
     assert [each["dropped_steps"] for each in reported] == [0, 1, 1, 2]
     assert [each["grad_norm"] is None for each in reported] == [False, True, False, True]

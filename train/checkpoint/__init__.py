@@ -1,13 +1,11 @@
-"""Checkpoints by parameter name: `directory` knows which exist and how one is committed, `state` what is inside.
+"""Checkpoints by parameter name, whole or not there, that any layout writes and any other reads.
 
-save(directory, step, {**zero.state_dict(), "router_bias": {name: tensor}}, meta, keep_last)
-if (step := resume_step(directory, "auto")) is not None:
-    state = {**zero.state_dict(), "router_bias": biases}    # the tensors of whatever layout runs now
-    meta = load(directory, step, state, expected={"model": ...})
-    zero.load_state_dict(state)
+`checkpoints` is what a run uses: save behind the training, find the newest that is whole, load. Beneath it `directory`
+knows which names mean a whole one and `disk` the steps that make one; `manifest` says what is in it, `shards` are its
+files. `resuming` compares a checkpoint with the run that takes it up; `export` turns one into a model for inference.
+docs/explanations/checkpoints.md tells why.
 """
 
-from train.checkpoint.directory import committed, newest, read_meta, resume_step
-from train.checkpoint.state import load, save
+from train.checkpoint.checkpoints import Checkpoints, Saved
 
-__all__ = ["committed", "load", "newest", "read_meta", "resume_step", "save"]
+__all__ = ["Checkpoints", "Saved"]

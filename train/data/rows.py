@@ -7,7 +7,6 @@ nothing, reading touches only the rows asked for, and processes of a node share 
 from collections.abc import Sequence
 from pathlib import Path
 
-import datasets
 import torch
 
 
@@ -15,7 +14,9 @@ class Rows:
     """The rows of one split; `rows[ids]` gives int64 tokens `[len(ids), sequence_length + 1]`."""
 
     def __init__(self, path: Path) -> None:
-        self.dataset = datasets.Dataset.from_file(str(path)).with_format("numpy")
+        from datasets import Dataset  # which takes most of a second, and not every command reads rows
+
+        self.dataset = Dataset.from_file(str(path)).with_format("numpy")
         self.row_length: int = self.dataset.features["tokens"].length
 
     def __len__(self) -> int:

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import datasets
-
 from parallel.errors import UserError
 from train.data.config import DataConfig
 
@@ -91,6 +89,8 @@ class HuggingFace:
         return [self.config.path, self.config.name, self.config.split, self.config.text_column, files]
 
     def open(self, scratch: Path) -> Documents:
+        import datasets  # here, for it takes most of a second
+
         try:
             dataset = self._load(scratch)
         except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
@@ -106,21 +106,21 @@ class HuggingFace:
         return Column(dataset.select_columns([column]), column)
 
     def _load(self, scratch: Path) -> Any:
+        from datasets import load_dataset
+
         if self.builder is None:
-            return datasets.load_dataset(self.config.path, self.config.name, split=self.config.split)
+            return load_dataset(self.config.path, self.config.name, split=self.config.split)
         options: dict[str, Any] = {}
         if self.builder == "text":
             options["sample_by"] = "document" if len(self.files) > 1 else "paragraph"
         files = [str(file) for file in self.files]
-        return datasets.load_dataset(
-            self.builder, data_files=files, split=self.config.split, cache_dir=str(scratch), **options
-        )
+        return load_dataset(self.builder, data_files=files, split=self.config.split, cache_dir=str(scratch), **options)
 
 
 class Column:
     """One text column of a `datasets.Dataset`."""
 
-    def __init__(self, dataset: datasets.Dataset, column: str) -> None:
+    def __init__(self, dataset: Any, column: str) -> None:
         self.dataset, self.column = dataset, column
 
     def __len__(self) -> int:

@@ -34,7 +34,8 @@ class Backend:
 
     operations: those that it has. inexact: those whose bytes are not always the reference's. weight_dtype: of what its
     `prepare_weight` returns. multiple: what both widths of a weight must be multiples of. row_align: what the rows of
-    each expert had better be multiples of, or they are copied. gpus: how the compute capabilities that it runs on are
+    each expert had better be multiples of, or they are copied. turns: whether Dgrad reads a transposed copy of a
+    weight, which is kept as long as that (`layouts.transposed`). gpus: how the compute capabilities that it runs on are
     called, none for any device; `oldest` and `newest` are the first and the last of them. package, install: what must
     be importable, and how it is got. cuda: the oldest CUDA that torch may be built for.
     """
@@ -44,6 +45,7 @@ class Backend:
     weight_dtype: torch.dtype = torch.float8_e4m3fn
     multiple: int = 1
     row_align: int = 1
+    turns: bool = True
     gpus: str = ""
     oldest: tuple[int, int] = (0, 0)
     newest: tuple[int, int] = (99, 9)
@@ -57,7 +59,7 @@ _HOPPER: dict[str, Any] = {"gpus": "9.0 (Hopper)", "oldest": (9, 0), "newest": (
 
 BACKENDS: dict[str, Backend] = {
     "auto": Backend(row_align=16, **_TENSOR_CORES),
-    "reference": Backend(weight_dtype=torch.float32),
+    "reference": Backend(weight_dtype=torch.float32, turns=False),
     "transformer_engine": Backend(
         operations=("quantize", *GEMMS, *GROUPED),
         inexact=("quantize",),

@@ -8,13 +8,17 @@ from hypothesis import strategies as st
 
 from kernels.ops import Cost
 from launch.simulate import engine
+from launch.simulate.card import Card
 from launch.simulate.memory import peaks
-from launch.simulate.race import race
+from launch.simulate.race import Span, race
 from launch.simulate.sheet import Link, Sheet
+from launch.simulate.storage import Bytes
+from launch.simulate.update import pause, shared, update
 from launch.simulate.work import Exchange, Operator, PassWork, Piece, Read, StageWork
 from parallel import schedule
 from parallel.mesh import Mesh
 from parallel.schedule import SCHEDULES
+from train.recipe import CheckpointConfig
 
 FREE = Link(float("inf"), 0.0)
 UNIT = Sheet(
@@ -38,18 +42,24 @@ UNIT = Sheet(
 )
 
 
-def piece(seconds: float, name: str = "mlp") -> Piece:
-    return Piece(name, 0, [Operator("copy", Cost(0, seconds))])
+def piece(seconds: float, name: str = "mlp", **left: int) -> Piece:
+    grown = Bytes({part: size for part, size in left.items() if size > 0})
+    return Piece(name, 0, [Operator("copy", Cost(0, seconds))], grown, Bytes(left))
 
 
 def stage(kept: int = 1, deferred: int = 0) -> StageWork:
+    """A backward that lets go of activations when a forward beside it has made its own."""
     passes = {
-        "F": PassWork([piece(1)], kept=kept, peak=kept),
-        "B": PassWork([piece(1), piece(1, "weights.W")]),
-        "I": PassWork([piece(1)], kept=deferred, peak=deferred),
-        "W": PassWork([piece(1, "weights.W")]),
+        "F": PassWork([piece(1, activations=kept)]),
+        "B": PassWork([piece(1), Exchange("dispatch.B", 0, 0), piece(1, "weights.W", activations=-kept)]),
+        "I": PassWork([piece(1, activations=-kept, deferred=deferred)]),
+        "W": PassWork([piece(1, "weights.W", deferred=-deferred)]),
     }
-    return StageWork(passes, [], 0, 0, 0, 0, 0, 2, 4)
+    for one in passes.values():
+        for event in one.pieces:
+            for kind in (event.fullest, event.left):
+                kind["deferred weights"] = kind.pop("deferred", 0)
+    return StageWork(passes, [], 0, 0, 0, 0, 0, 0, 2, 4)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -112,10 +122,11 @@ def test_a_pass_that_ends_on_an_exchange_waits_for_it():
     assert race([PassWork([piece(1), exchange(2)])], UNIT).seconds == 3
 
 
-def test_messages_leave_before_exchanges_and_numbers_are_read_in_the_open():
+def test_messages_and_exchanges_share_the_card_and_numbers_are_read_in_the_open():
     busy = dataclasses.replace(UNIT, across=Link(1.0, 0.0), read=0.25)
     late = race([PassWork([piece(1), Read("counts"), exchange(1), piece(1)])], busy, leaving=4)
-    assert late.seconds == 4 + 1 + 1 and late.exposed == pytest.approx(0.25 + 5 - 1.25)
+    # 1.25 of 4 s of messages have left when the exchange is posted; from then on each has half of the card.
+    assert late.seconds == 1.25 + 2 + 1 and late.exposed == pytest.approx(0.25 + 2)
 
 
 # ---------------------------------------------------------------- memory
@@ -134,3 +145,67 @@ def test_deferred_weight_gradients_hold_their_operands_until_they_run():
     stages = {number: stage(kept=0, deferred=7) for number in range(8)}
     found = peaks(program, stages, mesh, "bf16")
     assert [peak.parts["deferred weights"] for peak in found] == [7 * count for count in program.peak_deferred()]
+
+
+# ---------------------------------------------------------------- links, gaps, the end of a step
+def test_a_message_inside_a_node_takes_the_nodes_own_link():
+    program = schedule.build("gpipe", 2, 1)
+    links = dataclasses.replace(UNIT, across=Link(1.0, 0.0), inside=Link(3.0, 0.25))
+    stages = dict.fromkeys((0, 1), dataclasses.replace(stage(), message=3))
+    for node, took in {1: 3.0, 2: 0.25 + 1}.items():
+        mesh = Mesh(2, 1, 1, 1, rank=0, node_size=node)
+        timeline = engine.run(program, stages, links, near=engine.neighbours(mesh))
+        assert timeline.ranks[1][0].begin == 1 + took
+    assert not engine.neighbours(Mesh(2, 3, 1, 1, rank=0, node_size=4))(0, 1), "one of three pipelines does not"
+
+
+def test_a_host_leaves_gaps_only_where_nothing_else_is_waited_for():
+    program = schedule.build("gpipe", 2, 2)
+    stages = dict.fromkeys((0, 1), stage())
+    slow = engine.run(program, stages, dataclasses.replace(UNIT, gap=0.25))
+    assert [slot.begin for slot in slow.ranks[0]] == [0, 1.25, 5.5, 7.75], "the backward that is awaited hides the gap"
+    assert [slot.begin for slot in slow.ranks[1]] == [1, 2.25, 3.5, 5.75]
+
+
+def test_messages_leave_before_the_weight_gradients_that_can_wait():
+    program = schedule.build("gpipe", 2, 1)
+    late = stage()
+    late.passes["B"] = PassWork([piece(1)], piece(5, "weights.W"))
+    timeline = engine.run(program, {0: late, 1: late}, UNIT)
+    assert timeline.ranks[1][1].end == 8 and timeline.ranks[0][1].begin == 3 and timeline.ranks[0][1].end == 9
+
+
+def test_a_card_gives_each_half_while_both_want_more():
+    card = Card(4.0)
+    assert card.exchange(1.0, 2.0, 1.0) == (1.0, 5.0) and card.messages == 1.0
+    assert card.exchange(0.0, 2.0, 0.25) == (5.0, 7.0) and card.messages == 0.0, "a quarter leaves room for messages"
+    assert card.exchange(8.0, 1.0, 1.0) == (8.0, 9.0)
+
+
+def test_what_is_tied_is_summed_and_gathered_once():
+    """Ranks 0 and 1 of DualPipe both hold the first and the last stage, which use one table."""
+    program = schedule.build("dualpipe", 2, 4)
+    wide = dataclasses.replace(UNIT, inside=Link(1.0, 0.0), across=Link(1.0, 0.0))
+    found = {}
+    for name, sizes in {"tied": (0, 80), "dense": (80, 0)}.items():
+        stages = dict.fromkeys((0, 1), dataclasses.replace(stage(), dense=sizes[0], tied=sizes[1]))
+        timeline = engine.run(program, stages, wide)
+        found[name] = update(program, stages, timeline, Mesh(2, 1, 1, 1, 0, node_size=8), wide, "bf16")
+    assert found["dense"].gather == 2 * found["tied"].gather == 2 * 2 * 80 / 2
+    assert found["dense"].optimizer == 2 * found["tied"].optimizer
+
+
+def test_a_sum_shares_the_card_with_exchanges():
+    row = engine.run(schedule.build("gpipe", 1, 1), {0: stage()}, UNIT).ranks[0]
+    row[1].race.spans = [Span("experts", "dispatch", -1, 1.0, 2.0)]  # from second 2 to 3 of the step
+    assert shared(1.0, 0.5, row) == 1.5 and shared(1.0, 1.25, row) == 2.5
+    assert shared(1.0, 2.0, row) == 1 + 2 + 0.5 and shared(7.0, 2.0, row) == 9
+
+
+def test_checkpoints_are_waited_for_as_far_as_they_outlast_the_training():
+    slow = dataclasses.replace(UNIT, copy_out=2.0, storage=1.0)
+    kept = CheckpointConfig(every=10)
+    assert pause(8, kept, 5.0, slow) == 0.0, "4 s of copying hide behind 5 s of the next step"
+    assert pause(16, kept, 5.0, slow) == pytest.approx((16 / 2 - 5) / 10)
+    assert pause(8, CheckpointConfig(every=10, background=False), 5.0, slow) == pytest.approx((4 + 8) / 10)
+    assert pause(8, CheckpointConfig(), 5.0, slow) == pause(8, kept, 0.0, UNIT) == 0.0

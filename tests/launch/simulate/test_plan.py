@@ -9,6 +9,7 @@ from launch import cli
 from launch.simulate import layouts, plan, sheet, world
 from launch.simulate.layers import Studies
 from launch.simulate.layouts import Layout, variants
+from launch.simulate.memory import together
 from launch.simulate.race import race
 from parallel import schedule
 from train.compose import compose
@@ -44,9 +45,9 @@ def test_stages_made_of_short_ones_are_those_that_were_looked_at_whole(h800):
             other = made[stage].passes[kind]
             assert sorted(map(repr, one.operators)) == sorted(map(repr, other.operators)), (stage, kind)
             assert race([one], h800).seconds == pytest.approx(race([other], h800).seconds, rel=1e-12)
-            assert (one.kept, one.peak) == (other.kept, other.peak), (stage, kind)
+            assert [+each for each in together([one])] == [+each for each in together([other])], (stage, kind)
         assert sorted(map(repr, work.once)) == sorted(map(repr, made[stage].once))
-        for name in ("cached", "message", "dense", "tied", "experts"):
+        for name in ("cached", "turned", "message", "dense", "tied", "experts"):
             assert getattr(work, name) == getattr(made[stage], name)
 
 
