@@ -322,12 +322,12 @@ def explain(found: Planning) -> str:
 
 
 def parts(found: Result) -> dict[str, float]:
-    """The step in four: what a rank computes, waits for exchanges, waits for others, and does after the pipeline."""
+    """The step in four: a rank computes, waits for exchanges, waits for others, and for what follows the pipeline."""
     return {
         "computing": fmean(sum(slot.race.compute for slot in row) for row in found.timeline.ranks),
         "communication in the open": found.exposed_comm,
         "bubble": found.breakdown["bubble"],
-        "optimizer and gradients": found.breakdown["optimizer"],
+        "end of the step": found.breakdown["optimizer"] + found.breakdown["checkpoint"],
     }
 
 

@@ -510,7 +510,10 @@ def course(run: Path) -> list[tuple]:
 
 @pytest.mark.parametrize(
     "sizes",
-    [pytest.param([], marks=pytest.mark.fault(17)), pytest.param(BIG_ODD, marks=pytest.mark.fault(20))],
+    [
+        pytest.param([], marks=[pytest.mark.fault(17), pytest.mark.slow]),
+        pytest.param(BIG_ODD, marks=pytest.mark.fault(20)),
+    ],
     ids=["as it is", "sizes that do not divide"],
 )
 def test_a_run_that_stops_and_resumes_is_bitwise_the_one_that_did_not(workers, corpus, tmp_path, sizes):
@@ -548,6 +551,7 @@ def take_up(words: list[str]) -> tuple[dict[str, str], list[int], float]:
     return found, rows, totals.losses["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(18)
 @pytest.mark.fault(19)
 def test_other_layouts_take_up_the_same_state_the_same_rows_and_the_same_loss(workers, corpus, tmp_path):

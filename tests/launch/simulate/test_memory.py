@@ -27,17 +27,16 @@ def recipe(*words: str) -> Recipe:
     return rank.one_step(recipe_of(line.compose(), line.name).validate(data=False))
 
 
-def simulated(*words: str) -> tuple[list[Peak], float, Program]:
-    """Peaks without an allowance for fragments, what the first rank always holds, and the program."""
+def simulated(*words: str) -> tuple[list[Peak], Program]:
+    """Peaks without an allowance for fragments, and the program."""
     one = recipe(*words)
     result.place(one, read("h800x2048"))
     layout, moments = one.parallel, one.optim.moments
     program = schedule.build(layout.schedule, layout.pipeline, one.microbatches(8, "train.batch.start"), layout.chunks)
     stages = world.study_stages(one, program.placement)
     mesh = Mesh(layout.pipeline, layout.data, layout.context, layout.expert, rank=0, node_size=8)
-    always = memory.stays({*program.placement[0]}, stages, program, mesh, moments)
     with patch.object(memory, "FRAGMENTED", 0.0):
-        return memory.peaks(program, stages, mesh, moments), sum(always.values()), program
+        return memory.peaks(program, stages, mesh, moments), program
 
 
 # ---------------------------------------------------------------- against ranks that train
@@ -89,13 +88,12 @@ def dreamt(*words: str) -> list[int]:
     return found[1:]
 
 
-def check(there: list[int], words: tuple[str, ...], turned: int = 0) -> None:
-    """Of what comes and goes nothing is more than 3 % off; and the peak is where it really is."""
-    peaks, always, program = simulated(*words)
+def check(there: list[int], words: tuple[str, ...]) -> None:
+    """No instruction is more than 2 % off, and the peak not more than 1 %, and it is where it really is."""
+    peaks, program = simulated(*words)
     here = [most for most, _ in peaks[0].curve][: len(there)]
-    for mine, real in zip(here, there, strict=True):
-        assert mine - turned == pytest.approx(real, abs=0.03 * (real - always))
-    assert max(here) - turned == pytest.approx(max(there), rel=0.01)
+    assert here == pytest.approx(there, rel=0.02)
+    assert max(here) == pytest.approx(max(there), rel=0.01)
     assert there[program.program[0].index(peaks[0].instruction)] > 0.998 * max(there)
 
 
@@ -113,7 +111,7 @@ def test_every_instruction_holds_what_a_rank_really_holds(workers, words):
 def test_weights_are_kept_transposed_by_the_backends_that_read_them_so():
     """FP8 on GPUs: one byte an element more from the first backward on; everything else is as on fake tensors."""
     words = ("precision=fp8", "train.recompute=[norms,mla_up,swiglu]", "model.num_hidden_layers=3")
-    peaks, _, program = simulated(*words)
+    peaks, program = simulated(*words)
     there, turned = dreamt(*words), 0
     stages = world.study_stages(recipe(*words), program.placement)
     done = set()
@@ -121,7 +119,7 @@ def test_weights_are_kept_transposed_by_the_backends_that_read_them_so():
         done |= {stage for kind, stage, _ in passes(instruction) if kind in "BI"}
         turned = sum(stages[stage].turned for stage in done)
         assert mine - turned == pytest.approx(real, rel=0.01), instruction
-    assert turned == peaks[0].parts["quantised weights"] - sum(stages[stage].cached for stage in done) > 0
+    assert turned > 0
 
 
 def test_what_would_help_is_said_when_a_step_does_not_fit():

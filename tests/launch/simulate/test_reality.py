@@ -1,4 +1,7 @@
-"""What a simulated rank holds against a real one: its state to the byte, its activations as autograd keeps them."""
+"""What a simulated rank holds against a real one: its state to the byte, its activations as autograd keeps them.
+
+Where weft keeps something else than autograd would (FP8's forms, recomputation), `test_memory` counts live tensors.
+"""
 
 from typing import Any, cast
 
@@ -16,7 +19,7 @@ from train.compose import CommandLine, recipe_of
 from train.engine import LOSSES, Engine
 from train.recipe import Recipe
 
-WORDS = "recipe=tiny", "train.sequence_length=128", "fp8.backend=reference"
+WORDS = "recipe=tiny", "train.sequence_length=128"
 ALONE = "parallel.pipeline=1", "parallel.data=1", "parallel.expert=1", "parallel.schedule=1f1b"
 
 
@@ -40,7 +43,7 @@ def really(*words: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     "words",
     [
-        ("parallel.data=1", "parallel.expert=1"),
+        ("parallel.data=1", "parallel.expert=1", "fp8.backend=reference"),
         ("parallel.pipeline=1", "parallel.schedule=1f1b", "precision=bf16", "optim.moments=fp32"),
         ("parallel.data=1", "parallel.expert=1", "parallel.schedule=zbv", "precision=fp32"),
     ],
@@ -93,8 +96,6 @@ tapes: list[Any] = []  # alive, so that no two forwards can have the same memory
     "words",
     [
         ("precision=bf16",),
-        ("precision=bf16", "train.recompute=[norms,mla_up,swiglu]"),
-        ("precision=fp8",),
         ("precision=fp32", "model.num_nextn_predict_layers=0"),
     ],
     ids=str,
@@ -104,7 +105,6 @@ def test_activations_are_what_autograd_keeps(words, workers):
     one = recipe(*ALONE, *words, "train.force_balanced=true")
     program = schedule.build("1f1b", 1, 8)
     left = world.study_stages(one, program.placement)[0].passes["F"].left
-    print(left, real)
     assert left.total() == pytest.approx(real, rel=0.03)
 
 

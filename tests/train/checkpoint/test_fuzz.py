@@ -154,13 +154,13 @@ def mutate(whole: Path, copy: Path, seeds: range) -> dict[str, int]:
     return outcomes
 
 
-@pytest.mark.parametrize("mutations", [100, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mutations", [50, pytest.param(2000, marks=pytest.mark.slow)])
 def test_no_mutation_is_loaded_wrong(workers, tmp_path, mutations):
     workers(2).run(states.save, tmp_path / "whole/checkpoints", 10, 20)
     [outcomes] = workers(1).run(mutate, tmp_path / "whole", tmp_path / "copy", range(mutations))
     print(outcomes)
-    assert sum(outcomes.values()) == mutations and outcomes["fell back"] > mutations / 2
-    assert outcomes["unaffected"] < mutations / 5
+    assert sum(outcomes.values()) == mutations and outcomes["fell back"] > mutations / 3
+    assert outcomes["unaffected"] < mutations / 3
 
 
 def test_json_that_is_nested_too_deeply_is_refused(workers, tmp_path):
