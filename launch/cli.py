@@ -79,7 +79,9 @@ def compare(run: Path, flags: argparse.Namespace) -> int:
 
 def simulate(recipe: Any, flags: argparse.Namespace) -> int:
     """One step of the recipe on the cluster that a sheet describes."""
-    from launch.simulate import result, sheet, skew
+    from launch.simulate import result
+    from launch.simulate.cluster import sheet
+    from launch.simulate.step import skew
 
     recipe.validate(data=False)
     noise = skew.Noise.read(flags.skew, flags.jitter, flags.seed)
@@ -89,11 +91,11 @@ def simulate(recipe: Any, flags: argparse.Namespace) -> int:
     if flags.json:
         write(flags.json, found.to_json())
     if flags.html:
-        from launch.simulate import page
+        from launch.simulate.output import page
 
         write(flags.html, page.html(found))
     if flags.trace:
-        from launch.simulate import trace
+        from launch.simulate.output import trace
 
         trace.write(found, Path(flags.trace))
     if "-" not in (flags.json, flags.html):
@@ -103,7 +105,7 @@ def simulate(recipe: Any, flags: argparse.Namespace) -> int:
 
 def as_rank(recipe: Any, cluster: Any, flags: argparse.Namespace) -> int:
     """The trainer's step as single ranks of the cluster; 1 if these would not agree."""
-    from launch.simulate import rank
+    from launch.simulate.ranks import rank
 
     if flags.html or flags.trace:
         raise UserError(f"rank={flags.rank}: expected neither --html nor --trace with it, only --json")
@@ -118,7 +120,8 @@ def as_rank(recipe: Any, cluster: Any, flags: argparse.Namespace) -> int:
 
 def plan(recipe: Any, flags: argparse.Namespace) -> int:
     """The layouts that the cluster could run the recipe in, and the best of them as a recipe."""
-    from launch.simulate import layouts, plan, sheet
+    from launch.simulate.cluster import sheet
+    from launch.simulate.planner import layouts, plan
     from train.compose import save
 
     recipe.validate(data=False)

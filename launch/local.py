@@ -1,9 +1,9 @@
 """Training on this machine: one process per rank, under torchrun's elastic agent.
 
 `train` writes the resolved recipe into the run directory and starts the workers on that file, so that no rank composes
-anything. What a worker could not survive it leaves in its error file (`train/failures.py`); the agent starts all of
-them again, `run.max_restarts` times at most, and the earliest error of the last try is the one that is shown. SIGTERM
-and SIGUSR1 are passed on to the ranks, who save and end (`train/preemption.py`).
+anything. What a worker could not survive it leaves in its error file (`train/safety/failures.py`); the agent starts
+all of them again, `run.max_restarts` times at most, and the earliest error of the last try is the one that is shown.
+SIGTERM and SIGUSR1 are passed on to the ranks, who save and end (`train/safety/preemption.py`).
 """
 
 import logging
@@ -27,13 +27,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from launch import load, rendezvous
 from parallel.errors import UserError
 from parallel.experts.build import check_device
-from train import preemption
 from train.compose import write
 from train.data.preparation import prepare
-from train.failures import first_failure
-from train.lock import claim_for_launcher
 from train.precision import fp8_backend
 from train.recipe import Recipe
+from train.safety import preemption
+from train.safety.failures import first_failure
+from train.safety.lock import claim_for_launcher
 
 
 def train(recipe: Recipe) -> int:

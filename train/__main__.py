@@ -1,7 +1,7 @@
 """One rank of a run: `python -m train --config FILE` under weft's launcher, `recipe=NAME key=value` under torchrun.
 
-Under a launcher, an error goes into the file that the launcher named (`train/failures.py`), and signals that come
-before training end the rank (`train/preemption.py`).
+Under a launcher, an error goes into the file that the launcher named (`train/safety/failures.py`), and signals that
+come before training end the rank (`train/safety/preemption.py`).
 """
 
 import os
@@ -11,9 +11,9 @@ import warnings
 from pathlib import Path
 
 from parallel.errors import UserError
-from train import failures, preemption
 from train.compose import compose, load, write
 from train.recipe import Recipe
+from train.safety import failures, preemption
 
 
 def read(words: list[str]) -> Recipe:

@@ -22,7 +22,7 @@ from parallel.schedule import Program, generate, named
 from train.data.config import DataConfig
 from train.model.config import ModelConfig
 from train.optim import OptimConfig
-from train.spikes import SpikeConfig
+from train.safety.spikes import SpikeConfig
 
 PRECISIONS = ("fp8", "bf16", "fp32", "fp64")
 

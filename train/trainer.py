@@ -27,7 +27,7 @@ from parallel.experts.build import check_device
 from parallel.mesh import communicator_options
 from parallel.recorder import Recorder
 from parallel.trace import OFF
-from train import data, watchdog
+from train import data
 from train.behind import Behind
 from train.checkpoint import Checkpoints, Saved
 from train.checkpoint.resuming import changes, identity
@@ -35,14 +35,15 @@ from train.data.sampler import row_ids
 from train.ema import EMA
 from train.engine import Engine, Totals
 from train.load import LoadWatch
-from train.lock import claim
 from train.metrics import Metrics
 from train.optim import batch_size, learning_rate, piecewise
 from train.precision import fp8_backend
-from train.preemption import Preemption, mark, unmark
 from train.recipe import Recipe
-from train.replicas import Replicas
-from train.spikes import Spikes
+from train.safety import watchdog
+from train.safety.lock import claim
+from train.safety.preemption import Preemption, mark, unmark
+from train.safety.replicas import Replicas
+from train.safety.spikes import Spikes
 
 
 class Trainer:

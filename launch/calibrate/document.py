@@ -15,7 +15,7 @@ import yaml
 
 from launch.calibrate import communication, operators, optimizer, together
 from launch.calibrate.fitting import Fit, line, link
-from launch.simulate.sheet import Line, local_path
+from launch.simulate.cluster.sheet import Line, local_path
 from parallel.errors import UserError
 
 LARGE = 1 << 18  # bytes; below them a call costs more than they do

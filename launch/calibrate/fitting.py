@@ -7,7 +7,7 @@ from statistics import median
 import numpy as np
 
 from kernels.ops import Cost
-from launch.simulate.sheet import Line, Link
+from launch.simulate.cluster.sheet import Line, Link
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.linear import Numerics, attach_main_grads
 from kernels.ops import Cost, price
-from launch.simulate.sheet import operator_key
+from launch.simulate.cluster.sheet import operator_key
 from parallel.experts.local import LocalExperts
 from parallel.passes import Microbatch, Tape, backward, forward, merge
 from train.model.config import ModelConfig

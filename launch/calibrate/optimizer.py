@@ -16,7 +16,7 @@ MOMENT = "bf16"
 
 
 def measure(device: torch.device, repeats: int) -> tuple[float, float]:
-    """(bytes a second, the relative spread of the times); bytes as `launch.simulate.update` counts them."""
+    """(bytes a second, the relative spread of the times); bytes as `launch.simulate.step.update` counts them."""
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         weight = Parameter(torch.zeros(ELEMENTS // 2048, 2048, dtype=torch.bfloat16, device=device))

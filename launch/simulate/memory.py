@@ -10,9 +10,9 @@ have let go what the other takes. A share is added for what an allocator cannot 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from launch.simulate.race import turns
-from launch.simulate.storage import Bytes
-from launch.simulate.work import PassWork, Piece, StageWork
+from launch.simulate.stages.storage import Bytes
+from launch.simulate.stages.work import PassWork, Piece, StageWork
+from launch.simulate.step.race import turns
 from parallel.mesh import Mesh
 from parallel.replicas import homes
 from parallel.schedule import Program, lower

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from launch.simulate import cores, engine, world
-from launch.simulate.engine import Timeline
+from launch.simulate.cluster.sheet import Sheet
 from launch.simulate.memory import Peak, peaks, remedies
-from launch.simulate.sheet import Sheet
-from launch.simulate.skew import QUIET, Noise, unlike
-from launch.simulate.update import pause, update
-from launch.simulate.work import Piece, StageWork
+from launch.simulate.stages import world
+from launch.simulate.stages.work import Piece, StageWork
+from launch.simulate.step import cores, engine
+from launch.simulate.step.engine import Timeline
+from launch.simulate.step.skew import QUIET, Noise, unlike
+from launch.simulate.step.update import pause, update
 from parallel import schedule
 from parallel.errors import UserError
 from parallel.mesh import Mesh

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from launch.simulate import engine, plan, world
+from launch.simulate.cluster.sheet import Sheet, read
+from launch.simulate.planner import plan
 from launch.simulate.result import simulate
-from launch.simulate.sheet import Sheet, read
+from launch.simulate.stages import world
+from launch.simulate.step import engine
 from parallel import schedule
 from train.compose import compose
 

@@ -38,10 +38,10 @@ from tests.faults.commands import (
 )
 from tests.launch.test_local import Launcher
 from tests.train.test_trainer import fit_spoiled, skip_one
-from train import preemption
 from train.compose import compose
-from train.lock import claim
-from train.replicas import digest
+from train.safety import preemption
+from train.safety.lock import claim
+from train.safety.replicas import digest
 from train.trainer import Trainer
 
 

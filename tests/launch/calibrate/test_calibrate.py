@@ -8,8 +8,8 @@ import yaml
 
 from kernels.ops import Cost, Product
 from launch.calibrate import document, fitting, operators
-from launch.simulate import sheet
-from launch.simulate.sheet import Line
+from launch.simulate.cluster import sheet
+from launch.simulate.cluster.sheet import Line
 from parallel.errors import UserError
 
 TRUE = Line(2e-6, 3e-6, 1e-11, 2e-10)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from launch import cli
-from launch.simulate import sheet
+from launch.simulate.cluster import sheet
 
 SHEET = (sheet.files("recipes") / "cluster" / "h800x2048.yaml").read_text()
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from launch.simulate import cores, engine
-from launch.simulate.sheet import Cores, Link, Sheet
+from launch.simulate.cluster.sheet import Cores, Link, Sheet
+from launch.simulate.step import cores, engine
 from parallel import schedule
 from tests.launch.simulate.test_engine import UNIT, stage
 

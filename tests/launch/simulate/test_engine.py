@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.ops import Cost
-from launch.simulate import engine
-from launch.simulate.card import Card
+from launch.simulate.cluster.sheet import Link, Sheet
 from launch.simulate.memory import peaks
-from launch.simulate.race import Span, race
-from launch.simulate.sheet import Link, Sheet
-from launch.simulate.storage import Bytes
-from launch.simulate.update import pause, shared, update
-from launch.simulate.work import Exchange, Operator, PassWork, Piece, Read, StageWork
+from launch.simulate.stages.storage import Bytes
+from launch.simulate.stages.work import Exchange, Operator, PassWork, Piece, Read, StageWork
+from launch.simulate.step import engine
+from launch.simulate.step.card import Card
+from launch.simulate.step.race import Span, race
+from launch.simulate.step.update import pause, shared, update
 from parallel import schedule
 from parallel.mesh import Mesh
 from parallel.schedule import SCHEDULES

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 
 from kernels.ops import Cost
-from launch.simulate import engine, result, sheet, skew
-from launch.simulate.everyone import Cluster, step_seconds
-from launch.simulate.sheet import Link
-from launch.simulate.update import update
-from launch.simulate.work import Exchange, Operator, PassWork, Piece, Read, StageWork
+from launch.simulate import result
+from launch.simulate.cluster import sheet
+from launch.simulate.cluster.sheet import Link
+from launch.simulate.stages.work import Exchange, Operator, PassWork, Piece, Read, StageWork
+from launch.simulate.step import engine, skew
+from launch.simulate.step.everyone import Cluster, step_seconds
+from launch.simulate.step.update import update
 from parallel import schedule
 from parallel.mesh import Mesh
 from parallel.schedule import SCHEDULES

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from kernels.ops import Product
-from launch.simulate.fit import fit
-from launch.simulate.sheet import read, sheet_names
+from launch.simulate.cluster.fit import fit
+from launch.simulate.cluster.sheet import read, sheet_names
 
 ROWS = Path(str(files("recipes") / "cluster" / "h800.csv"))
 

@@ -7,10 +7,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from launch.simulate import memory, rank, result, world
+from launch.simulate import memory, result
+from launch.simulate.cluster.sheet import read
 from launch.simulate.memory import Peak
-from launch.simulate.sheet import read
-from launch.simulate.storage import Parts
+from launch.simulate.ranks import rank
+from launch.simulate.stages import world
+from launch.simulate.stages.storage import Parts
 from parallel import schedule
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline

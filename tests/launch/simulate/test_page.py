@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from launch.simulate import page, published, result, sheet
+from launch.simulate import result
+from launch.simulate.cluster import sheet
+from launch.simulate.output import page, published
 from parallel.schedule.program import spell
 from train.compose import compose
 

@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 
 from launch import cli
-from launch.simulate import layouts, plan, sheet, world
-from launch.simulate.layers import Studies
-from launch.simulate.layouts import Layout, variants
+from launch.simulate.cluster import sheet
 from launch.simulate.memory import together
-from launch.simulate.race import race
+from launch.simulate.planner import layouts, plan
+from launch.simulate.planner.layers import Studies
+from launch.simulate.planner.layouts import Layout, variants
+from launch.simulate.stages import world
+from launch.simulate.step.race import race
 from parallel import schedule
 from train.compose import compose
 

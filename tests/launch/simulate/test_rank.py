@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from launch.cli import main
-from launch.simulate import rank as simulated
-from launch.simulate import result, sheet
-from launch.simulate.communication import Call, Communicator, disagreements, spans
+from launch.simulate import result
+from launch.simulate.cluster import sheet
 from launch.simulate.memory import stays
-from launch.simulate.world import study_stages
+from launch.simulate.ranks import rank as simulated
+from launch.simulate.ranks.communication import Call, Communicator, disagreements, spans
+from launch.simulate.stages.world import study_stages
 from parallel import schedule
 from parallel.errors import UserError
 from parallel.mesh import Mesh

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from launch.simulate import memory, world
+from launch.simulate import memory
+from launch.simulate.stages import world
 from parallel import schedule
 from parallel.mesh import Mesh
 from parallel.passes import Microbatch, Tape, forward, merge

@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 
+from launch.simulate.cluster.sheet import read
 from launch.simulate.result import simulate
-from launch.simulate.sheet import read
-from launch.simulate.work import Piece
+from launch.simulate.stages.work import Piece
 from train.compose import compose
 
 PUBLISHED = 19.926  # seconds a step; arXiv 2505.09343, table 4

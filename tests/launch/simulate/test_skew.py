@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from launch import cli
-from launch.simulate.race import race
+from launch.simulate.cluster.sheet import read
 from launch.simulate.result import simulate
-from launch.simulate.sheet import read
-from launch.simulate.skew import HEAVY, Noise, Peers, Skew, width
-from launch.simulate.work import Exchange, PassWork, Piece
+from launch.simulate.stages.work import Exchange, PassWork, Piece
+from launch.simulate.step.race import race
+from launch.simulate.step.skew import HEAVY, Noise, Peers, Skew, width
 from parallel.errors import UserError
 from tests.launch.simulate.test_engine import UNIT, exchange, piece, stage
 from train.compose import compose

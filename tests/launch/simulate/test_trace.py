@@ -6,7 +6,9 @@ from statistics import fmean
 import pytest
 
 from launch import cli
-from launch.simulate import result, sheet, trace
+from launch.simulate import result
+from launch.simulate.cluster import sheet
+from launch.simulate.output import trace
 from parallel import timeline
 from parallel.errors import UserError
 from train.compose import compose

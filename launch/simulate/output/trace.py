@@ -11,9 +11,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from launch.simulate.engine import Slot
 from launch.simulate.result import Result
-from launch.simulate.work import Exchange
+from launch.simulate.stages.work import Exchange
+from launch.simulate.step.engine import Slot
 from parallel import timeline
 from parallel.errors import UserError
 from parallel.recorder import Times, shares

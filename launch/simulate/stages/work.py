@@ -4,7 +4,7 @@ A stage is built as any rank of the simulated world builds it, and the passes of
 Tensors have shapes and no values, and process groups are fake, so a rank of 2,048 is looked at on one CPU. What is
 seen: the operators of each compute piece with their price (`kernels.ops.price`), each communication with its bytes, and
 the memory that the tape, and after it the deferred weight gradients, keep. There is no routing to look at either:
-whoever reads row counts on the host is told those of perfectly balanced experts (`launch.simulate.world`).
+whoever reads row counts on the host is told those of perfectly balanced experts (`launch.simulate.stages.world`).
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.linear import Numerics
 from kernels.ops import Cost, price
-from launch.simulate.storage import Bytes, Parts, difference
+from launch.simulate.stages.storage import Bytes, Parts, difference
 from parallel.experts.shard import share_of
 from parallel.passes import Comm, Compute, HostSync, Microbatch, Pass, Stage, Tape, backward, forward
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kernels.linear import Numerics, attach_main_grads
-from launch.simulate.work import StageWork, study
+from launch.simulate.stages.work import StageWork, study
 from parallel.experts import Dispatcher, all_to_all, hierarchical, local
 from parallel.experts.all_to_all import AllToAll
 from parallel.experts.build import build as build_dispatcher

@@ -28,11 +28,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launch.simulate.communication import Call, Communicator, disagreements, heard, spans
+from launch.simulate.cluster.sheet import Sheet
+from launch.simulate.ranks.communication import Call, Communicator, disagreements, heard, spans
 from launch.simulate.result import place
-from launch.simulate.sheet import Sheet
-from launch.simulate.storage import Memory
-from launch.simulate.world import balanced, fake_world
+from launch.simulate.stages.storage import Memory
+from launch.simulate.stages.world import balanced, fake_world
 from parallel import zero
 from parallel.errors import UserError
 from parallel.experts import lockstep

@@ -12,13 +12,13 @@ from collections.abc import Callable, Generator, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launch.simulate.card import Card
-from launch.simulate.engine import Slot, Timeline, neighbours
-from launch.simulate.race import Race, Span, turns
-from launch.simulate.sheet import Sheet
-from launch.simulate.skew import Peers, Skew
-from launch.simulate.update import update
-from launch.simulate.work import Exchange, PassWork, Piece, Read, StageWork
+from launch.simulate.cluster.sheet import Sheet
+from launch.simulate.stages.work import Exchange, PassWork, Piece, Read, StageWork
+from launch.simulate.step.card import Card
+from launch.simulate.step.engine import Slot, Timeline, neighbours
+from launch.simulate.step.race import Race, Span, turns
+from launch.simulate.step.skew import Peers, Skew
+from launch.simulate.step.update import update
 from parallel.mesh import Mesh
 from parallel.schedule import Program, ProgramError
 from parallel.schedule.program import Message, makes, needs, passes, route

@@ -9,9 +9,9 @@ them, whose price is counted here.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from launch.simulate.engine import Slot, Timeline
-from launch.simulate.sheet import Sheet
-from launch.simulate.work import StageWork
+from launch.simulate.cluster.sheet import Sheet
+from launch.simulate.stages.work import StageWork
+from launch.simulate.step.engine import Slot, Timeline
 from parallel.mesh import Mesh
 from parallel.replicas import homes
 from parallel.schedule import Program

@@ -12,7 +12,7 @@ from math import gcd
 from typing import Any
 
 from kernels.recompute import CHOICES
-from launch.simulate.sheet import Sheet
+from launch.simulate.cluster.sheet import Sheet
 from parallel.experts.build import choose
 from parallel.schedule import SCHEDULES
 from train.recipe import PRECISIONS, Recipe

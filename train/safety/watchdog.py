@@ -17,7 +17,7 @@ from threading import Event, Thread
 
 import torch.distributed as dist
 
-from train import failures
+from train.safety import failures
 
 SHARE = 0.8  # of the time after which collectives give up
 BEATS = 20  # in that time, or one every `SLOWEST` seconds

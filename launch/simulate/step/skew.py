@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from launch.simulate import world
-from launch.simulate.sheet import Sheet
-from launch.simulate.work import Exchange, Piece, StageWork
+from launch.simulate.cluster.sheet import Sheet
+from launch.simulate.stages import world
+from launch.simulate.stages.work import Exchange, Piece, StageWork
 from parallel.errors import UserError
 from parallel.experts.build import choose
 from parallel.mesh import Mesh

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from launch.simulate.card import Card
-from launch.simulate.sheet import Sheet
-from launch.simulate.work import Event, Exchange, PassWork, Piece, Read
+from launch.simulate.cluster.sheet import Sheet
+from launch.simulate.stages.work import Event, Exchange, PassWork, Piece, Read
+from launch.simulate.step.card import Card
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from importlib.resources import files
 from statistics import fmean
 from typing import Any
 
-from launch.simulate import published
+from launch.simulate.cluster.sheet import Sheet
+from launch.simulate.output import published
+from launch.simulate.output.trace import SHOWN
 from launch.simulate.result import Result
-from launch.simulate.sheet import Sheet
-from launch.simulate.trace import SHOWN
 from parallel.schedule.program import spell
 
 GIB = 2**30
@@ -44,7 +44,7 @@ def html(result: Result) -> str:
         result.recipe.precision,
         f"{result.tokens:,} tokens a step",
     ]
-    folder = files("launch.simulate")
+    folder = files("launch.simulate.output")
     style, script = ((folder / name).read_text() for name in ("page.css", "page.js"))
     return "\n".join(
         [

@@ -14,12 +14,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from launch.simulate.layers import Studies
-from launch.simulate.layouts import Layout, distance, layouts, variants, world_size
+from launch.simulate.cluster.sheet import Sheet
 from launch.simulate.memory import stays
+from launch.simulate.planner.layers import Studies
+from launch.simulate.planner.layouts import Layout, distance, layouts, variants, world_size
 from launch.simulate.result import Result, place, simulate
-from launch.simulate.sheet import Sheet
-from launch.simulate.work import StageWork
+from launch.simulate.stages.work import StageWork
 from parallel import schedule
 from parallel.errors import UserError
 from parallel.mesh import Mesh

@@ -1,4 +1,4 @@
-"""Curves of a cluster sheet from measurements: `python -m launch.simulate.fit recipes/cluster/h800.csv`.
+"""Curves of a cluster sheet from measurements: `python -m launch.simulate.cluster.fit recipes/cluster/h800.csv`.
 
 Every row is one measured kernel or exchange with its source. A curve is fitted to its rows by least squares of the
 relative error, and nothing else enters: no whole step, no factor. Prints what the sheet then holds, and how far each
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from launch.simulate.sheet import Link, Waves
+from launch.simulate.cluster.sheet import Link, Waves
 
 TILE = (128, 128)
 # Operations of the measured attention: 128 heads, 4,096 tokens; causal pairs x 2 x widths of the products.

@@ -9,10 +9,10 @@ an exchange or a message takes no part. Sending and receiving cost a core's time
 from collections.abc import Iterator, Mapping
 from math import inf
 
-from launch.simulate.engine import Slot, Timeline
-from launch.simulate.race import Race, race
-from launch.simulate.sheet import Cores, Sheet
-from launch.simulate.work import Exchange, PassWork, Read, StageWork
+from launch.simulate.cluster.sheet import Cores, Sheet
+from launch.simulate.stages.work import Exchange, PassWork, Read, StageWork
+from launch.simulate.step.engine import Slot, Timeline
+from launch.simulate.step.race import Race, race
 from parallel.schedule.program import Instruction, Message, Program, makes, needs, passes, route
 
 Task = tuple[str, float]  # "work" or "stall" of so many seconds, or "wait" until then

@@ -9,9 +9,9 @@ from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
-from launch.simulate import world
-from launch.simulate.storage import Bytes, difference
-from launch.simulate.work import Event, Operator, PassWork, Piece, StageWork
+from launch.simulate.stages import world
+from launch.simulate.stages.storage import Bytes, difference
+from launch.simulate.stages.work import Event, Operator, PassWork, Piece, StageWork
 from train.model.stage import split_layers
 from train.recipe import Recipe
 

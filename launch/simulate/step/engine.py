@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
-from launch.simulate.race import Race, race
-from launch.simulate.sheet import Sheet
-from launch.simulate.skew import Skew
-from launch.simulate.work import StageWork
+from launch.simulate.cluster.sheet import Sheet
+from launch.simulate.stages.work import StageWork
+from launch.simulate.step.race import Race, race
+from launch.simulate.step.skew import Skew
 from parallel.mesh import Mesh
 from parallel.schedule.program import Instruction, Message, Program, makes, needs, passes, route
 

@@ -1,0 +1,1 @@
+"""What is shown of a simulated step: the `page`, the `trace`, and `published` figures to lay beside it."""
