@@ -42,6 +42,7 @@ def layers_of_a_run(text: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return fp8_errors.real_gradients(4, *own_text, *short)
 
 
+@pytest.mark.slow
 def test_gradients_in_blocks_are_worse_in_every_kind_of_layer_of_a_training_run(workers, tmp_path):
     sources = [json.dumps({"text": path.read_text()}) for path in sorted((ROOT / "train").rglob("*.py"))]
     (tmp_path / "sources.jsonl").write_text("\n".join(sources) + "\n")

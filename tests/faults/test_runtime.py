@@ -134,6 +134,7 @@ def fit_on_noise(words: list[str], noisy: list[range], stop: int = 0) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.fault(22)
 def test_a_spike_that_persists_rolls_back_and_the_window_is_never_seen_again(workers, small, tmp_path):
     words = [*small, *ONE_RANK, *SPIKY, "train.steps=16", f"run.dir={tmp_path}", "train.spike.policy=rollback"]
@@ -272,6 +273,7 @@ def endless(small, tmp_path) -> list[str]:
     return [*small, *TWO_RANKS, "train.steps=20000", "checkpoint.every=10000", f"run.dir={tmp_path}"]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(24)
 @pytest.mark.fault(25)
 def test_asked_twice_to_stop_a_run_commits_one_checkpoint_and_goes_on_from_there_bitwise(workers, endless, tmp_path):
@@ -325,6 +327,7 @@ def test_a_signal_during_a_save_leaves_whole_checkpoints_only(endless, tmp_path,
 
 
 # ---------------------------------------------------------------- 26, 27: hangs and early failures
+@pytest.mark.slow
 @pytest.mark.fault(26)
 def test_a_stopped_rank_is_named_near_the_timeout(endless, tmp_path):
     timeout = 20
@@ -384,6 +387,7 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(small, tmp_path, capsys):
     assert "beyond the vocabulary of 300" in told
 
 
+@pytest.mark.slow
 @pytest.mark.fault(29)
 def test_empty_documents_are_counted_and_data_that_ends_early_begins_again(workers, small, tmp_path):
     texts = ["def function(): pass\n" * 40, "", "  \n", "import this\n" * 90, "x = 1\n" * 200]
@@ -423,6 +427,7 @@ def test_experts_with_all_tokens_and_with_none_are_told_and_nothing_breaks(worke
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 
+@pytest.mark.slow
 @pytest.mark.fault(33)
 def test_wandb_out_of_reach_leaves_training_alone_and_the_key_nowhere(workers, small, tmp_path):
     words = [*small, *ONE_RANK, "train.steps=3", "checkpoint.every=3", f"run.dir={tmp_path}"]
@@ -483,6 +488,7 @@ def test_a_second_job_in_a_run_directory_is_refused(small, tmp_path, capsys, who
 
 
 # ---------------------------------------------------------------- elastic
+@pytest.mark.slow
 def test_a_killed_rank_is_started_again_with_the_others_and_nothing_is_lost(workers, small, tmp_path):
     words = [*small, *TWO_RANKS, "train.steps=8", "checkpoint.every=2", f"run.dir={tmp_path}"]
     process = start(TRAIN, [*words, "run.name=killed", "run.max_restarts=1"])
@@ -495,6 +501,7 @@ def test_a_killed_rank_is_started_again_with_the_others_and_nothing_is_lost(work
     assert tensors(tmp_path / "killed", 8) == tensors(tmp_path / "whole", 8)
 
 
+@pytest.mark.slow
 def test_restarts_are_bounded_and_a_mistake_is_not_tried_again(tmp_path):
     count = "Path(f'start-{os.environ[\"TORCHELASTIC_RESTART_COUNT\"]}-{rank}').touch()\n"
     words = ["train", *TWO_RANKS, "run.max_restarts=2"]

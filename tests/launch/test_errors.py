@@ -23,6 +23,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WEFT_CACHE", str(tmp_path.parent / "cache"))  # where nobody has calibrated
     return tmp_path
 
 

@@ -420,7 +420,7 @@ def test_a_run_is_the_same_with_either_dispatcher(workers, layout):
         assert bytes_once < bytes_flat, operation
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "hierarchical"])
+@pytest.mark.parametrize("dispatch", [pytest.param("all_to_all", marks=pytest.mark.slow), "hierarchical"])
 def test_sending_fp8_changes_no_bit_of_a_run(workers, dispatch):
     wide, narrow = (
         workers(4).run(losses_of, dispatch, "fp8", dispatch_precision=precision) for precision in ("bf16", "auto")

@@ -91,6 +91,7 @@ def fit(words: list[str]) -> None:
 
 
 # ---------------------------------------------------------------- start, end, start again
+@pytest.mark.slow
 def test_a_run_resumed_after_sigkill_is_bitwise_the_uninterrupted_one(workers, corpus, tmp_path):
     words = [*corpus, "train.steps=8", "checkpoint.every=3", f"run.dir={tmp_path}"]
     words += ["log.bias_every=1", "log.load_every=3"]
@@ -130,6 +131,7 @@ def test_a_run_resumed_after_sigkill_is_bitwise_the_uninterrupted_one(workers, c
     assert not {"bubble", "exposed_comm"} & set(records(tmp_path / "whole")[-1]), "absent where nobody measured"
 
 
+@pytest.mark.slow
 def test_torchrun_does_the_same_as_weft_train(corpus, tmp_path):
     words = [
         *corpus,
@@ -146,7 +148,8 @@ def test_torchrun_does_the_same_as_weft_train(corpus, tmp_path):
     assert records(tmp_path / "weft", "evaluations.jsonl") == records(tmp_path / "torchrun", "evaluations.jsonl")
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", pytest.param("hierarchical", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dispatch", ["all_to_all", "hierarchical"])
 def test_more_rows_than_the_memory_plan_allows_end_the_run_with_one_message(corpus, tmp_path, dispatch):
     """No router is balanced to the row: one of four ranks receives more, and the others do not wait for it."""
     words = [*corpus, f"parallel.dispatch={dispatch}", "parallel.node_size=1", "parallel.max_rows_factor=1.0"]
@@ -304,7 +307,10 @@ EVALUATING = {name: LAYOUTS[name] for name in ("dualpipe 2, data 2, expert 2", "
 EVALUATING |= {f"{name} 2": {"schedule": name, "pipeline": 2} for name in SCHEDULES}
 
 
-@pytest.mark.parametrize("name", EVALUATING)
+QUICK = ("dualpipe 2, data 2, expert 2", "1f1b 4", "dualpipe 2", "zbv 2")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in EVALUATING])
 def test_evaluation_is_the_same_in_every_layout(workers, name):
     """Any number of rows: pipelines with fewer rows than others, and micro-batches with none, keep in step."""
     (alone,) = workers(1).run(train_and_evaluate, LAYOUTS["one process"], "fp64", True)

@@ -46,6 +46,7 @@ def test_a_fake_rank_says_and_holds_what_a_real_one_does(workers):
     assert disagreements({rank: calls for rank, (calls, _) in enumerate(real)}) == []
 
 
+@pytest.mark.slow
 def test_the_memory_plan_counts_the_buffers_that_are_there():
     found = recipe("parallel.node_size=4")
     layout = found.parallel
@@ -61,6 +62,7 @@ def test_the_memory_plan_counts_the_buffers_that_are_there():
         assert planned["optimizer"] == pytest.approx(share, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_passes_that_are_repeated_say_and_hold_what_passes_say_and_hold():
     found = recipe("parallel.node_size=4", "train.recompute=[norms,swiglu]")
     repeated, run = (simulated.step(found, 0, repeat) for repeat in (True, False))

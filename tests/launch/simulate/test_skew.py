@@ -86,6 +86,7 @@ def test_alike_peers_take_exactly_as_long_as_one_rank():
     assert race([forward], UNIT, unlike=alike) == race([forward], UNIT)
 
 
+@pytest.mark.slow
 def test_a_step_without_noise_is_the_same_bit_for_bit_and_grows_with_it(step):
     assert step() == step(skew=0.0, jitter=0.0, seed=3)
     for name, values in {"skew": (0.0, 0.2, 0.6), "jitter": (0.0, 0.05)}.items():

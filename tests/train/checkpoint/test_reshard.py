@@ -88,6 +88,7 @@ def switch(workers, tmp_path, pairs) -> None:
                 assert norm == pytest.approx(norm_stayed, rel=1e-5), f"{origin} -> {layout}"
 
 
+@pytest.mark.slow
 def test_a_pair_of_layouts_changes_over(workers, tmp_path):
     switch(workers, tmp_path, QUICK)
 

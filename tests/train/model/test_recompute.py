@@ -79,6 +79,7 @@ def test_gradients_losses_and_loads_are_the_same_to_the_bit(kept_everything, pre
         assert value.any(), f"{name} is zero: the comparison would prove nothing"
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_in_a_pipeline_with_experts_elsewhere(workers):
     pool = workers(4)
     expected = pool.run(gradients_of_rank, [])
