@@ -160,6 +160,7 @@ def test_ctrl_c_stops_every_rank_with_one_line(launcher):
             os.kill(int(pid.read_text()), 0)
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_each_job_its_own_run_and_goes_on_after_a_refused_one(launcher):
     words = ["train", "--multirun", *TWO_RANKS, "train.batch.start=9,8"]
     code, out, err = end(launcher.weft("pass", *words))

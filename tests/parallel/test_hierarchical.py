@@ -403,9 +403,10 @@ def losses_of(dispatch, precision, **layout):
     return found, type(engine.dispatcher).__name__, dict(traffic.inside), dict(traffic.across)
 
 
-@pytest.mark.parametrize(
-    "layout", [{}, {"schedule": "dualpipe", "pipeline": 2, "data": 2, "expert": 2, "node_size": 1}]
-)
+FOUR_RANKS = {"schedule": "dualpipe", "pipeline": 2, "data": 2, "expert": 2, "node_size": 1}
+
+
+@pytest.mark.parametrize("layout", [{}, pytest.param(FOUR_RANKS, marks=pytest.mark.slow)])
 def test_a_run_is_the_same_with_either_dispatcher(workers, layout):
     flat, other = (
         workers(4).run(losses_of, dispatch, "fp64", **layout, dispatch_chunks=2) for dispatch in ("all_to_all", "auto")
@@ -420,7 +421,8 @@ def test_a_run_is_the_same_with_either_dispatcher(workers, layout):
         assert bytes_once < bytes_flat, operation
 
 
-@pytest.mark.parametrize("dispatch", [pytest.param("all_to_all", marks=pytest.mark.slow), "hierarchical"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dispatch", ["all_to_all", "hierarchical"])
 def test_sending_fp8_changes_no_bit_of_a_run(workers, dispatch):
     wide, narrow = (
         workers(4).run(losses_of, dispatch, "fp8", dispatch_precision=precision) for precision in ("bf16", "auto")

@@ -64,6 +64,7 @@ def fit(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("precision", "every", "due"), [("fp8", 2, [2, 4]), ("fp8", 0, []), ("bf16", 2, [])])
+@pytest.mark.slow
 def test_records_have_health_when_it_is_due(workers, tmp_path, precision, every, due):
     one = ["parallel.pipeline=1", "parallel.data=1", "parallel.expert=1", "parallel.schedule=1f1b"]
     small = small_recipe({}, "fp8", vocab_size=512).model

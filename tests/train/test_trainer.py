@@ -237,6 +237,7 @@ def skip_one(kind: str, guilty: int, value: float) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize(("kind", "guilty", "value"), [("dense", 3, float("nan")), ("experts", 0, float("inf"))])
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_everywhere(workers, kind, guilty, value):
     for rank, found in enumerate(workers(4).run(skip_one, kind, guilty, value)):
         assert all(found.values()), f"rank {rank}: {found}"
