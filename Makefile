@@ -24,7 +24,7 @@ demo: $(READY)
 
 test test-gpu test-faults: export OMP_NUM_THREADS ?= 1
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n logical --maxprocesses 4 --dist worksteal
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

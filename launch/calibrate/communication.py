@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.calibrate.pace import Pace
+
 SIZES = 1 << 10, 1 << 14, 1 << 17, 1 << 19, 1 << 21, 1 << 23
 SECONDS = 60  # that a rank may take to answer
 
@@ -31,14 +33,17 @@ class Talk:
     processor: list[tuple[int, float]] = field(default_factory=list)
 
 
-def measure(device: str, repeats: int, tell: Callable[[str], None]) -> Talk:
-    """Let two processes, on a GPU each if there are GPUs, talk to each other; returns what the first one has seen."""
+def measure(device: str, repeats: int, usual: float, tell: Callable[[str], None]) -> Talk:
+    """Let two processes, on a GPU each if there are GPUs, talk to each other; returns what the first one has seen.
+
+    usual: the machine's pace (`Pace.usual`).
+    """
     ranks = 2
     began = time.perf_counter()
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="weft-") as folder:
         queue = spawn.SimpleQueue()
-        arguments = (ranks, device, repeats, str(Path(folder) / "store"), queue)
+        arguments = (ranks, device, repeats, usual, str(Path(folder) / "store"), queue)
         members = [spawn.Process(target=talk, args=(rank, *arguments), daemon=True) for rank in range(ranks)]
         for member in members:
             member.start()
@@ -51,7 +56,7 @@ def measure(device: str, repeats: int, tell: Callable[[str], None]) -> Talk:
     return found
 
 
-def talk(rank: int, ranks: int, device: str, repeats: int, store: str, queue: Any) -> None:
+def talk(rank: int, ranks: int, device: str, repeats: int, usual: float, store: str, queue: Any) -> None:
     """One of the processes; the first puts what it has seen into `queue`."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -59,15 +64,18 @@ def talk(rank: int, ranks: int, device: str, repeats: int, store: str, queue: An
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
-    found = Talk()
+    found, pace = Talk(), Pace(torch.device(device), usual)
     for size in SIZES:
         given = torch.zeros(size, dtype=torch.uint8, device=device)
         taken = torch.empty_like(given)
+        before = pace.slower()
         seconds, busy = timed(partial(dist.all_to_all_single, taken, given), repeats, device)
+        sent, _ = timed(partial(back_and_forth, rank, given, taken), repeats, device)
+        slower = (before + pace.slower()) / 2
         leaving = size * (ranks - 1) // ranks
-        found.exchange.append((leaving, seconds))
-        found.processor.append((leaving, busy))
-        found.send.append((size, timed(partial(back_and_forth, rank, given, taken), repeats, device)[0] / 2))
+        found.exchange.append((leaving, seconds / slower))
+        found.processor.append((leaving, busy / slower))
+        found.send.append((size, sent / 2 / slower))
     if rank == 0:
         queue.put(found)
     dist.destroy_process_group()

@@ -15,6 +15,7 @@ import yaml
 
 from launch.calibrate import communication, operators, optimizer, together
 from launch.calibrate.fitting import Fit, line, link
+from launch.calibrate.pace import Pace
 from launch.simulate.cluster.sheet import Line, local_path
 from parallel.errors import UserError
 
@@ -42,13 +43,14 @@ def measure(quick: bool, tell: Callable[[str], None]) -> tuple[dict[str, Any], d
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu, cores = device.type == "cuda", os.cpu_count() or 1
     torch.set_num_threads(1)
-    found = operators.measure(device, quick, tell)
+    pace = Pace(device)
+    found = operators.measure(device, quick, pace, tell)
     fits = {f"operators.{key}": line(rows) for key, rows in sorted(found.rows.items())}
-    moved, spread = optimizer.measure(device, 3 if quick else 7)
+    moved, spread = optimizer.measure(device, 3 if quick else 7, pace)
     tell(f"the optimizer touches {moved / 1e9:.2f} GB a second")
     talk = communication.Talk()
     if not on_gpu or torch.cuda.device_count() > 1:
-        talk = communication.measure(device.type, 5 if quick else 25, tell)
+        talk = communication.measure(device.type, 5 if quick else 25, pace.usual, tell)
     fits |= {name: link(rows) for name, rows in asdict(talk).items() if rows}
     alone = {"bytes_per_second": 1e15, "latency": 0.0}  # a machine with one GPU has nobody to talk to
     way = asdict(fits["exchange"].curve) if talk.exchange else alone
@@ -85,11 +87,15 @@ def measure(quick: bool, tell: Callable[[str], None]) -> tuple[dict[str, Any], d
             "together": slower,
             "between": median(found.gaps),
             "message": asdict(fits["processor"].curve),
+            "pace": pace.usual,
         }
         told["cores"] = (
             f"measured: between from {len(found.gaps)} models, {min(found.gaps):.1e} to {max(found.gaps):.1e}"
         )
         told["cores"] += "; message: " + words(fits["processor"])
+        told["cores"] += (
+            f"; pace: from {min(pace.readings):.2f} to {max(pace.readings):.2f} times while this was measured"
+        )
     told |= {key: "measured: " + words(fit) for key, fit in fits.items() if "." in key}
     return sheet | {"provenance": told}, fits
 

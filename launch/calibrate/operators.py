@@ -1,13 +1,14 @@
 """Every operator of weft's layers, timed where it runs: in passes through small models of several widths and lengths.
 
 On a CPU a time is the thread's own processor time, which other programs on the machine do not lengthen; on a GPU it is
-what CUDA's events say. What Python spends between operators is what a pass takes beyond them.
+what CUDA's events say. It is corrected by the machine's pace (`pace`). What Python spends between operators is what a
+pass takes beyond them.
 """
 
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, cast
@@ -15,21 +16,16 @@ from typing import Any, cast
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.linear import Numerics, attach_main_grads
 from kernels.ops import Cost, price
+from launch.calibrate.model import Model, Sizes
+from launch.calibrate.pace import Pace
 from launch.simulate.cluster.sheet import operator_key
-from parallel.experts.local import LocalExperts
-from parallel.passes import Microbatch, Tape, backward, forward, merge
-from train.model.config import ModelConfig
-from train.model.init import initialise
-from train.model.stage import build
 
 # (width, tokens, experts, vocabulary); all differ from those of weft's own small recipes
 CPU = (128, 192, 8, 1024), (384, 320, 8, 2048), (512, 128, 16, 6144), (640, 512, 8, 3072)
 GPU = (1024, 2048, 16, 16384), (2048, 4096, 16, 32768), (4096, 1024, 8, 65536), (7168, 4096, 8, 129280)
 PRECISIONS = {"cpu": ("fp8", "bf16", "fp32"), "cuda": ("fp8", "bf16")}
 REPEATS = 5
-LOSSES = "loss", "mtp_loss", "balance_loss"
 
 
 @dataclass
@@ -77,83 +73,38 @@ def _seconds(begin: Any, end: Any) -> float:
     return cast(float, begin.elapsed_time(end) / 1e3)
 
 
-def measure(device: torch.device, quick: bool, tell: Callable[[str], None]) -> Measured:
+def measure(device: torch.device, quick: bool, pace: Pace, tell: Callable[[str], None]) -> Measured:
     """All operators in all models. quick: half of the models, fewer times."""
     found = Measured()
     models = CPU if device.type == "cpu" else GPU
     for precision in PRECISIONS[device.type]:
         for sizes in models[: 2 if quick else None]:
             began = time.perf_counter()
-            measure_model(found, precision, sizes, device, 3 if quick else REPEATS)
+            measure_model(found, precision, sizes, pace, device, 3 if quick else REPEATS)
             tell(f"{precision}, width {sizes[0]}, {sizes[1]} tokens: {time.perf_counter() - began:.1f} s")
     return found
 
 
-def config(width: int, tokens: int, experts: int, vocabulary: int) -> ModelConfig:
-    """A dense layer, one with experts, and an MTP module."""
-    return ModelConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        moe_intermediate_size=max(128, width // 256 * 128),
-        num_hidden_layers=2,
-        first_k_dense_replace=1,
-        num_attention_heads=max(2, width // 64),
-        q_lora_rank=128,
-        kv_lora_rank=128,
-        qk_nope_head_dim=64,
-        qk_rope_head_dim=32,
-        v_head_dim=64,
-        n_routed_experts=experts,
-        num_experts_per_tok=4,
-        n_group=4,
-        topk_group=2,
-        max_position_embeddings=tokens,
-    )
-
-
-class Model:
-    """A stage of one small model, and micro-batches through it."""
-
-    def __init__(self, precision: str, sizes: tuple[int, int, int, int], device: torch.device) -> None:
-        """precision: as in a recipe. sizes: as in `CPU`."""
-        self.config, self.tokens, self.device = config(*sizes), sizes[1], device
-        backend = "auto" if precision == "fp8" and device.type == "cuda" else "reference"
-        self.numerics = Numerics(precision, backend)
-        experts = self.config.n_routed_experts
-        with torch.device(device):
-            dispatcher = LocalExperts(experts, self.numerics.row_align)
-            self.stage = build(self.config, self.numerics, dispatcher, (0,), [range(2)], (0, experts))[0]
-        with torch.no_grad():
-            initialise(self.stage, 0, self.config.initializer_range)
-        attach_main_grads(self.stage, self.numerics.main_grad_dtype)
-        self.ids = torch.randint(self.config.vocab_size, (1, self.tokens + 1), device=device)
-
-    def run(self, within: AbstractContextManager[Any]) -> None:
-        """Forward, backward and weight gradients of one micro-batch; weights are quantised anew."""
-        self.numerics.bump()
-        shape, tape = (1, self.tokens, self.config.hidden_size), cast(Tape, [])
-        batch = Microbatch(0, self.ids, shape, dict.fromkeys(LOSSES, 1.0))
-        with within:
-            merge(forward(self.stage, None, batch, tape))
-            merge(backward(self.stage, None, batch, tape, self.numerics.weight_grads, split=False))
-            self.numerics.weight_grads.run()
-
-
 def measure_model(
-    found: Measured, precision: str, sizes: tuple[int, int, int, int], device: torch.device, repeats: int
+    found: Measured, precision: str, sizes: Sizes, pace: Pace, device: torch.device, repeats: int
 ) -> None:
     """Add what one model's operators take, each the median of `repeats`."""
     model = Model(precision, sizes, device)
     model.run(nullcontext())  # memory, compiled kernels, everything that a first time has
     watched, plain = [], []
+    before = pace.slower()
     for _ in range(repeats):
         watch = Stopwatch(device)
         model.run(watch)
-        watched.append([(key, cost, _seconds(begin, end)) for key, cost, begin, end in watch.calls])
+        between = pace.slower()
         begin = time.thread_time()
         model.run(nullcontext())
-        plain.append(time.thread_time() - begin)
+        took = time.thread_time() - begin
+        after = pace.slower()
+        slower = (before + between) / 2
+        watched.append([(key, cost, _seconds(*when) / slower) for key, cost, *when in watch.calls])
+        plain.append(took / ((between + after) / 2))
+        before = after
     total = 0.0
     for calls in zip(*watched, strict=True):  # one call of an operator, as often as it was repeated
         took = median(seconds for _, _, seconds in calls)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
+from launch.calibrate.pace import Pace
 from parallel.zero import Bucket, ZeRO1
 from train.optim import MOMENTS, AdamW16
 
@@ -15,7 +16,7 @@ ELEMENTS = 4 << 20
 MOMENT = "bf16"
 
 
-def measure(device: torch.device, repeats: int) -> tuple[float, float]:
+def measure(device: torch.device, repeats: int, pace: Pace) -> tuple[float, float]:
     """(bytes a second, the relative spread of the times); bytes as `launch.simulate.step.update` counts them."""
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -30,7 +31,7 @@ def measure(device: torch.device, repeats: int) -> tuple[float, float]:
             begin = _now(device)
             zero.reduce_gradients()
             zero.step(1e-4, zero.grad_norm())
-            times.append(_now(device) - begin)
+            times.append((_now(device) - begin) / pace.slower())
     finally:
         dist.destroy_process_group()
     state = 4 + 2 * MOMENTS[MOMENT].itemsize

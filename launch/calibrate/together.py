@@ -10,45 +10,51 @@ from typing import Any
 
 import torch
 
-from launch.calibrate import operators
+from launch.calibrate.model import Model
 
-SECONDS = 60
+SIZES = 384, 320, 8, 2048  # width, tokens, experts, vocabulary of the pass
+SECONDS, ROUNDS = 120, 9
 
 
 def measure(processes: int, tell: Callable[[str], None]) -> float:
-    """Processor time of the same pass in as many processes at once, by that in one alone; at least 1."""
+    """Processor time of a pass while as many processes run it at once, by that of one alone; at least 1.
+
+    One process runs it alone and then together with the others, in turn, so that both meet the same pace.
+    """
     began = time.perf_counter()
-    alone, crowded = seconds(1), seconds(processes)
-    tell(f"{processes} processes at once: {time.perf_counter() - began:.1f} s")
-    return max(1.0, crowded / alone)
-
-
-def seconds(processes: int) -> float:
-    """Of a pass, the median over processes that run it at the same time."""
     spawn = multiprocessing.get_context("spawn")
     queue, barrier = spawn.SimpleQueue(), spawn.Barrier(processes)
-    members = [spawn.Process(target=work, args=(queue, barrier), daemon=True) for _ in range(processes)]
+    members = [spawn.Process(target=work, args=(rank, queue, barrier), daemon=True) for rank in range(processes)]
     for member in members:
         member.start()
     for member in members:
-        member.join(2 * SECONDS)
+        member.join(SECONDS + 30)
     if any(member.exitcode != 0 for member in members):
         raise RuntimeError("a process that measures the machine died")
-    return median(queue.get() for _ in members)
+    tell(f"{processes} processes at once: {time.perf_counter() - began:.1f} s")
+    return max(1.0, median(queue.get()))
 
 
-def work(queue: Any, barrier: Any) -> None:
-    """One of the processes."""
+def work(rank: int, queue: Any, barrier: Any) -> None:
+    """One of the processes; the first puts its ratios, one of each round, into `queue`."""
     torch.set_num_threads(1)
-    model = operators.Model("bf16", operators.CPU[1], torch.device("cpu"))
+    model, ratios = Model("bf16", SIZES, torch.device("cpu")), []
     model.run(nullcontext())
-    try:
-        barrier.wait(SECONDS)
-    except BrokenBarrierError:
-        raise RuntimeError("processes that measure the machine lost each other") from None
-    times = []
-    for _ in range(8):
+
+    def timed() -> float:
         begin = time.thread_time()
         model.run(nullcontext())
-        times.append(time.thread_time() - begin)
-    queue.put(median(times[1:-1]))
+        return time.thread_time() - begin
+
+    try:
+        for _ in range(ROUNDS):
+            barrier.wait(SECONDS)
+            alone = timed() if rank == 0 else 0.0
+            barrier.wait(SECONDS)
+            crowded = timed()
+            if rank == 0:
+                ratios.append(crowded / alone)
+    except BrokenBarrierError:
+        raise RuntimeError("processes that measure the machine lost each other") from None
+    if rank == 0:
+        queue.put(ratios)

@@ -2,21 +2,36 @@
 
 `weft calibrate` has measured operators and messages here, and no step. This trains two small models for a few steps in
 several layouts and schedules, each rank with one thread, simulates the same recipes with `cluster=local`, and compares
-the median measured step with the simulated one, and the orders of both. The machine must have nothing else to do: the
-spread of the measured steps is shown because it says whether that was so.
+the median measured step with the simulated one, and the orders of both. The learning rate is next to nothing, so that
+experts get about equally many rows, as the simulation has it. Before every step all ranks but the first stand
+still while that one reads calibration's yardstick (`launch.calibrate.pace`): the column `pace` says how many times
+slower the machine was during the steps than during the calibration, and the last ratio is that at equal pace.
 """
 
 import argparse
-import contextlib
-import io
 import json
+import multiprocessing
 import os
+import socket
 import statistics
 import tempfile
-from itertools import combinations
+import time
+import warnings
+from dataclasses import dataclass
+from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
-from launch.cli import main as weft
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launch.calibrate.pace import Pace
+from launch.simulate.cluster.sheet import Sheet, read
+from launch.simulate.result import simulate
+from train import trainer
+from train.compose import CommandLine, recipe_of
+from train.recipe import Recipe
 
 MODELS = {
     "tiny": ("recipe=tiny",),
@@ -30,57 +45,125 @@ LAYOUTS = {
     "1f1b, 4": (4, 1, "1f1b"),
     "experts 2": (1, 2, "1f1b"),
 }
-WARM_UP = 10  # steps in which oneDNN compiles kernels for the numbers of rows that experts get
+WARM_UP = 10  # steps in which kernels are compiled for the numbers of rows that experts get, and routers settle
 
 
-def words(model: str, layout: str) -> list[str]:
-    """The overrides of one line of the table."""
+@dataclass
+class Measured:
+    """Of each step after the first: seconds, and how many times slower the machine was than during calibration."""
+
+    seconds: list[float]
+    slower: list[float]
+
+
+def compose(model: str, layout: str, steps: int, folder: str) -> Recipe:
+    """The recipe of one line of the table."""
     pipeline, data, schedule = LAYOUTS[layout]
-    ranks = f"parallel.pipeline={pipeline}", f"parallel.data={data}", f"parallel.expert={data}"
-    return [*MODELS[model], *ranks, f"parallel.schedule={schedule}", "train.threads=1", "checkpoint.every=0"]
+    words = [*MODELS[model], f"parallel.pipeline={pipeline}", f"parallel.data={data}", f"parallel.expert={data}"]
+    words += [f"parallel.schedule={schedule}", "train.threads=1", "train.eval_rows=0", "checkpoint.every=0"]
+    words += ["optim.lr.peak=1e-9", "optim.lr.end=1e-9"]
+    words += [f"train.steps={steps}", f"run.dir={folder}", "run.name=real", "parallel.timeout_seconds=120"]
+    line = CommandLine.read(words, sweep=False)
+    return recipe_of(line.compose(), line.name).validate()
 
 
-def measured(overrides: list[str], steps: int) -> list[float]:
-    """Seconds of the steps of a real run."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        run = [f"train.steps={WARM_UP + steps}", "train.eval_rows=0", f"run.dir={folder}", "run.name=real"]
-        if weft(["train", *overrides, *run]):
-            raise SystemExit(f"training failed: {' '.join(overrides)}")
+class Paced(trainer.Trainer):
+    """Reads the yardstick before every step, while the other ranks wait."""
+
+    pace: Pace | None = None
+    away: list[float]  # seconds of each step that this took
+
+    def load_batch(self, batch: int) -> dict[int, Tensor]:
+        """The step's rows; the step has just begun."""
+        begin = time.perf_counter()
+        dist.barrier()
+        if self.pace:
+            self.pace.slower()
+        dist.barrier()
+        Paced.away.append(time.perf_counter() - begin)
+        return super().load_batch(batch)
+
+
+def train(rank: int, port: int, recipe: Recipe, usual: float, queue: Any) -> None:
+    """One rank; the first puts what it has seen into `queue`."""
+    size = recipe.parallel.world_size
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, of names that it is about to change
+    torch.set_num_threads(1)
+    Paced.away = []
+    if rank == 0:
+        Paced.pace = Pace(torch.device("cpu"), usual)
+    else:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    trainer.Trainer = Paced  # type: ignore[misc]
+    trainer.main(recipe)
+    if Paced.pace:
+        queue.put((Paced.away, Paced.pace.readings))
+
+
+def measured(model: str, layout: str, steps: int, usual: float) -> Measured:
+    """The steps of a real run."""
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        recipe, queue = compose(model, layout, WARM_UP + steps, folder), spawn.SimpleQueue()
+        ranks = range(recipe.parallel.world_size)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        members = [spawn.Process(target=train, args=(rank, port, recipe, usual, queue)) for rank in ranks]
+        for member in members:
+            member.start()
+        for member in members:
+            member.join()
+        if any(member.exitcode for member in members):
+            raise SystemExit(f"training failed: {model}, {layout}")
+        away, readings = queue.get()
         lines = (Path(folder) / "real" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return [record["step_seconds"] for record in records if "step_seconds" in record][WARM_UP:]
+    took = [record["step_seconds"] for record in map(json.loads, lines) if "step_seconds" in record]
+    seconds = [one - gone for one, gone in zip(took, away, strict=True)]
+    slower = [(a + b) / 2 for a, b in pairwise(readings)]
+    return Measured(seconds[WARM_UP:-1], slower[WARM_UP:])
 
 
-def simulated(overrides: list[str], cluster: str) -> float:
-    """Seconds of a step by the simulator."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        if weft(["simulate", *overrides, f"cluster={cluster}", "--json", "-"]):
-            raise SystemExit(f"the simulation failed: {' '.join(overrides)}")
-    return float(json.loads(output.getvalue())["step_seconds"])
+def compare(model: str, layouts: list[str], sheet: Sheet, steps: int) -> None:
+    """The lines of one model."""
+    assert sheet.cores is not None
+    pairs = []
+    for layout in layouts:
+        guess = simulate(compose(model, layout, steps, "runs"), sheet).step_seconds
+        found = measured(model, layout, steps + 1, sheet.cores.pace)
+        real, pace = statistics.median(found.seconds), statistics.median(found.slower)
+        even = statistics.median(one / slower for one, slower in zip(found.seconds, found.slower, strict=True))
+        spread = f"{min(found.seconds):.3f} to {max(found.seconds):.3f}"
+        print(
+            f"{model:<8}{layout:<26}{guess:>12.3f}{real:>12.3f}{guess / real:>8.2f}{pace:>8.2f}{guess / even:>15.2f}"
+            f"   {spread}",
+            flush=True,
+        )
+        pairs.append((guess, even))
+    right = sum((a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in combinations(pairs, 2))
+    worst = max((abs(guess / real - 1) for guess, real in pairs), default=0.0)
+    print(
+        f"{model}: worst {worst:.0%} at equal pace; {right} of {len(pairs) * (len(pairs) - 1) // 2} pairs in the right"
+        " order"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cluster", default="local", help="sheet of this machine (local)")
-    parser.add_argument("--steps", type=int, default=6, help="measured steps of each run (6)")
+    parser.add_argument("--steps", type=int, default=12, help="measured steps of each run (12)")
     parser.add_argument("--models", nargs="*", default=[*MODELS], choices=[*MODELS])
     parser.add_argument("--layouts", nargs="*", default=[*LAYOUTS], choices=[*LAYOUTS])
     flags = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    print(f"{'model':<8}{'layout':<26}{'simulated, s':>14}{'measured, s':>14}{'ratio':>8}   fastest and slowest step")
+    sheet = read(flags.cluster)
+    if sheet.cores is None or not sheet.cores.pace:
+        raise SystemExit(f"{flags.cluster}: expected the sheet of a machine with cores, with its pace: weft calibrate")
+    titles = f"{'simulated, s':>12}{'measured, s':>12}{'ratio':>8}{'pace':>8}{'at equal pace':>15}"
+    print(f"{'model':<8}{'layout':<26}{titles}   fastest and slowest step")
     for model in flags.models:
-        pairs = []
-        for layout in flags.layouts:
-            guess = simulated(words(model, layout), flags.cluster)
-            times = measured(words(model, layout), flags.steps)
-            real = statistics.median(times)
-            pairs.append((guess, real))
-            spread = f"{min(times):.3f} to {max(times):.3f}"
-            print(f"{model:<8}{layout:<26}{guess:>14.3f}{real:>14.3f}{guess / real:>8.2f}   {spread}", flush=True)
-        right = sum((a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in combinations(pairs, 2))
-        worst = max((abs(guess / real - 1) for guess, real in pairs), default=0.0)
-        print(f"{model}: worst {worst:.0%}; {right} of {len(pairs) * (len(pairs) - 1) // 2} pairs in the right order")
+        compare(model, flags.layouts, sheet, flags.steps)
 
 
 if __name__ == "__main__":

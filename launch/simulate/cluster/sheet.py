@@ -81,13 +81,15 @@ class Cores:
     """Of a machine whose ranks are processes on its cores: how many there are, and what more than operators uses them.
 
     together: how many times as long everything takes while all cores are busy. between: seconds of Python for each
-    operator. message: processor time of sending or receiving.
+    operator. message: processor time of sending or receiving. pace: seconds of calibration's yardstick when all this
+    was measured (`launch.calibrate.pace`).
     """
 
     count: int
     together: float
     between: float
     message: Link
+    pace: float = 0.0
 
 
 @dataclass(frozen=True)

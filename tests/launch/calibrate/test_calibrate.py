@@ -8,6 +8,7 @@ import yaml
 
 from kernels.ops import Cost, Product
 from launch.calibrate import document, fitting, operators
+from launch.calibrate.pace import Pace
 from launch.simulate.cluster import sheet
 from launch.simulate.cluster.sheet import Line
 from parallel.errors import UserError
@@ -39,7 +40,8 @@ def test_no_coefficient_is_below_zero_and_the_residual_is_told() -> None:
 
 def test_every_operator_of_a_model_is_measured_under_the_name_by_which_it_is_priced() -> None:
     found = operators.Measured()
-    operators.measure_model(found, "fp8", (128, 128, 8, 256), torch.device("cpu"), repeats=2)
+    device = torch.device("cpu")
+    operators.measure_model(found, "fp8", (128, 128, 8, 256), Pace(device), device, repeats=2)
     assert {"fp8_linear.fp8", "fp8_grouped_wgrad.fp8", "causal_attention_forward", "fp8_quantize"} <= found.rows.keys()
     assert all(seconds > 0 for rows in found.rows.values() for _, seconds in rows)
     assert len(found.gaps) == 1
