@@ -17,6 +17,8 @@ from torch import Tensor
 from kernels.fp8.formats import TILE, regroup, widen
 from kernels.gemm import BF16Units
 
+ROWS = 16  # fewer than a BF16 GEMM's 64 (`gemm.ROWS`): this one computes what it pads
+
 
 def prepare_weight(codes: Tensor) -> Tensor:
     """Weights in the form that the GEMMs read fastest."""
@@ -98,6 +100,7 @@ def _gemm(a_MK: Tensor, a_scales: Tensor, b_KN: Tensor, b_scales: Tensor) -> Ten
     """a [M, K] with a scale for every row and block of K, b [K, N] with a scale for every 128x128 block."""
     b_scales = b_scales.unsqueeze(2).expand(-1, -1, TILE).flatten(1)[:, : b_KN.shape[1]]
     out: Tensor | None = None
+    rows, a_MK, a_scales = a_MK.shape[0], _few_shapes(a_MK), _few_shapes(a_scales)
     with BF16Units(a_MK):
         for a, b, a_scale, b_scale in zip(
             a_MK.split(TILE, 1), b_KN.split(TILE, 0), a_scales.split(1, 1), b_scales, strict=True
@@ -105,7 +108,7 @@ def _gemm(a_MK: Tensor, a_scales: Tensor, b_KN: Tensor, b_scales: Tensor) -> Ten
             partial = torch.mm(a, b).mul_(a_scale)
             out = partial.mul_(b_scale) if out is None else out.addcmul_(partial, b_scale)
     assert out is not None
-    return out
+    return out[:rows]
 
 
 def _grouped_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, counts: list[int]) -> Tensor:
@@ -117,4 +120,11 @@ def _grouped_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, coun
 def _accumulate_over_tokens(out_NK: Tensor, dy_TN: Tensor, dy_scales: Tensor, x_TK: Tensor, x_scales: Tensor) -> None:
     with BF16Units(out_NK):
         for dy, dy_scale, x, x_scale in zip(dy_TN.split(TILE), dy_scales, x_TK.split(TILE), x_scales, strict=True):
-            out_NK.addcmul_(torch.mm(dy.t(), x).mul_(dy_scale.unsqueeze(1)), x_scale)
+            partial = torch.mm(_few_shapes(dy).t(), _few_shapes(x))
+            out_NK.addcmul_(partial.mul_(dy_scale.unsqueeze(1)), x_scale)
+
+
+def _few_shapes(rows: Tensor) -> Tensor:
+    """The rows, on a CPU followed by zeros to a multiple of `ROWS`: GEMMs are compiled there by shape (`gemm.ROWS`)."""
+    missing = 0 if rows.is_cuda else -rows.shape[0] % ROWS
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
