@@ -45,7 +45,7 @@ LAYOUTS = {
     "1f1b, 4": (4, 1, "1f1b"),
     "experts 2": (1, 2, "1f1b"),
 }
-WARM_UP = 10  # steps in which kernels are compiled for the numbers of rows that experts get, and routers settle
+WARM_UP = 5  # steps in which kernels are compiled for the numbers of rows that experts get
 
 
 @dataclass
