@@ -105,16 +105,16 @@ def simulate(recipe: Any, flags: argparse.Namespace) -> int:
 
 def as_rank(recipe: Any, cluster: Any, flags: argparse.Namespace) -> int:
     """The trainer's step as single ranks of the cluster; 1 if these would not agree."""
-    from launch.simulate.ranks import rank
+    from launch.simulate.ranks import rank, report
 
     if flags.html or flags.trace:
         raise UserError(f"rank={flags.rank}: expected neither --html nor --trace with it, only --json")
     steps = rank.look(recipe, cluster, rank.chosen(flags.rank, recipe))
-    found = rank.as_json(steps)
+    found = report.as_json(steps)
     if flags.json:
         write(flags.json, json.dumps(found, indent=1))
     if flags.json != "-":
-        print(rank.text(steps, recipe, cluster))
+        print(report.text(steps, recipe, cluster))
     return 1 if found["disagreements"] else 0
 
 

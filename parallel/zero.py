@@ -8,6 +8,7 @@ skipped, and shards by parameter name for checkpoints. Buckets come from `parall
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,6 +30,8 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 
 deepspeed.ops.__compatible_ops__ = {}  # asked for, it would probe compilers and build a shared-memory collective (40 s)
 bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it collects garbage and prints, several times a bucket
+# torch 2.13 has new names for two collectives, which torch 2.11 and DeepSpeed lack.
+warnings.filterwarnings("ignore", message=".*(reduce_scatter|all_gather)_single", category=FutureWarning)
 
 
 PIECE = 1 << 16  # elements whose squares are summed at a time: widened, they still fit a cache

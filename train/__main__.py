@@ -7,7 +7,6 @@ come before training end the rank (`train/safety/preemption.py`).
 import os
 import signal
 import sys
-import warnings
 from pathlib import Path
 
 from parallel.errors import UserError
@@ -28,8 +27,6 @@ def read(words: list[str]) -> Recipe:
 
 def main(words: list[str]) -> int:
     """Train as this process's rank; returns the exit code."""
-    # torch 2.13 has new names for two collectives, which torch 2.11 lacks.
-    warnings.filterwarnings("ignore", message=".*(reduce_scatter|all_gather)_single", category=FutureWarning)
     launched = words[:1] == ["--config"]  # weft's launcher speaks for all ranks
     preemption.follow_parent()
     if preemption.asked_before_start():

@@ -2,21 +2,19 @@
 
 Time is counted in tokens: learning rate, batch size, bias speed, MTP weight and the rows of a batch are functions of
 the tokens consumed, so resuming needs no replay. The distributed model is `train.engine`; this file adds data, time,
-evaluation, checkpoints and metrics. What may go wrong has files of its own: `preemption`, `spikes`, `replicas`,
-`watchdog`, `failures`.
+evaluation, checkpoints and metrics. What may go wrong has files of its own in `train/safety`; `recovery` is what a step
+asks there.
 """
 
-import json
 import math
 import os
 import resource
 import time
 import uuid
-from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,7 +39,8 @@ from train.precision import fp8_backend
 from train.recipe import Recipe
 from train.safety import watchdog
 from train.safety.lock import claim
-from train.safety.preemption import Preemption, mark, unmark
+from train.safety.preemption import Preemption, unmark
+from train.safety.recovery import Recovery
 from train.safety.replicas import Replicas
 from train.safety.spikes import Spikes
 
@@ -63,10 +62,9 @@ class Trainer:
         if recipe.checkpoint.every:
             self.checkpoints.prepare()
         self.run_id = uuid.uuid4().hex  # of the first start; a resumed run keeps it
-        self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0
+        self.step = self.tokens = self.skipped = 0
         self.preemption, self.spikes = Preemption(), Spikes(recipe.train.spike)
-        self.replicas = Replicas(self.engine)
-        self.corrupted = self.mended_in_a_row = 0  # wrong copies that this start has found; steps made again for them
+        self.replicas, self.recovery = Replicas(self.engine), Recovery(self)
         resumed = self.resume()
         if recipe.checkpoint.every:
             self.checkpoints.reserve(self.state(ema=True))
@@ -82,34 +80,36 @@ class Trainer:
             loaded = time.perf_counter()
             self.trace.begin(self.step + 1, self.engine.program(batch))
             self.engine.numerics.health.begin(self.looks_at_fp8(self.step + 1))
-            self.engine.optimizer.watch(self.looks_for_culprits())
+            self.engine.optimizer.watch(self.recovery.looks_for_culprits())
             totals = self.engine.forward_backward(
                 rows, batch, self.now("mtp_weight"), asked=bool(self.preemption.asked)
             )
             ended = self.tokens + batch * self.recipe.train.sequence_length
             lr = learning_rate(self.recipe.optim.lr, ended)
             loss = self.means(totals, batch)["loss"]
-            differ = self.compares_replicas(self.step + 1) and self.replicas.differ()
+            differ = self.recovery.compares_replicas() and self.replicas.differ()
             self.settle()
             applied, norm = self.engine.update(
                 lr, self.now("bias_speed"), totals, partial(self.spikes.applies, loss), spoilt=differ
             )
-            if self.compares_replicas(self.step + 1) and not math.isfinite(norm) and self.mended():
+            if self.recovery.mended(norm):
                 continue  # the same batch again, with copies that are right
             if self.ema and applied:
                 self.ema.update()
-            self.advance(ended, applied, math.isfinite(norm))
+            self.advance(ended, applied)
+            self.recovery.count(norm)
             spike = self.spikes.take(loss, norm)
             self.report(totals, batch, lr, norm, began, loaded, spike)
             if self.spikes.persists:
-                self.roll_back()
+                self.recovery.roll_back()
                 continue
             if self.due(self.recipe.train.eval_every) and not self.done():
                 self.evaluate()
             if self.due(self.recipe.checkpoint.every):
                 self.save()
             if totals.asked and not self.done():
-                return self.preempt()
+                self.recovery.preempt()
+                return False
         if self.recipe.checkpoint.every and not self.due(self.recipe.checkpoint.every):
             self.save()
         self.evaluate()
@@ -117,11 +117,6 @@ class Trainer:
         if self.metrics:
             self.metrics.close()
         return True
-
-    def looks_at_fp8(self, step: int) -> bool:
-        """Whether this step's record tells what FP8 does to each layer."""
-        every = self.recipe.log.health_every
-        return self.recipe.precision == "fp8" and every > 0 and step % every == 0
 
     # -- time
     def done(self) -> bool:
@@ -137,88 +132,10 @@ class Trainer:
         """The value of a schedule of `train` at the tokens consumed."""
         return piecewise(getattr(self.recipe.train, key), self.tokens)
 
-    def advance(self, tokens: int, applied: bool, finite: bool) -> None:
-        """Count the step; give up after `train.max_skips` in a row without a finite gradient."""
+    def advance(self, tokens: int, applied: bool) -> None:
+        """Count the step."""
         self.step, self.tokens = self.step + 1, tokens
         self.skipped += not applied
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row >= self.recipe.train.max_skips:
-            self.give_up()
-
-    # -- what goes wrong
-    def looks_for_culprits(self) -> bool:
-        """Whether to look where a gradient is not finite: once steps have been left out for it."""
-        return self.skipped_in_a_row > 0 or self.recipe.train.max_skips == 1
-
-    def compares_replicas(self, step: int) -> bool:
-        """Whether copies that must be equal are compared in this step."""
-        every = self.recipe.train.replica_check_every
-        return every > 0 and step % every == 0
-
-    def mended(self) -> bool:
-        """After a step that was left out: whether that was for wrong copies, which are right again now."""
-        wrong = self.replicas.mend()
-        self.mended_in_a_row = self.mended_in_a_row + 1 if wrong else 0
-        if wrong:
-            told = "; ".join(map(str, wrong[:5])) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-            message = f"step {self.step + 1}: copies that are not what their masters say: {told}"
-            if self.mended_in_a_row >= self.recipe.train.max_skips:
-                raise RuntimeError(f"{message}; and so {self.mended_in_a_row} times in a row")
-            self.corrupted += len(wrong)
-            if self.metrics:
-                self.metrics.corruption(self.step, [asdict(each) for each in wrong])
-                self.metrics.warn(self.step + 1, f"silent corruption: {told}; mended, the step is made again")
-        return bool(wrong)
-
-    def give_up(self) -> NoReturn:
-        """Leave behind what tells why no gradient is finite, one file a rank, and end the run."""
-        mine = self.engine.optimizer.not_finite
-        everyone: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
-        folder = self.directory / "dump" / f"step-{self.step:08d}"
-        dump(folder, {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "not_finite": mine})
-        where = [f"rank {rank}: {name}" for rank, found in enumerate(everyone) for name in found]
-        told = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
-        raise RuntimeError(
-            f"step {self.step}: {self.skipped_in_a_row} steps in a row had a gradient that is not finite"
-            f"{f', before any sum in {told}' if where else ''}; {folder} tells more"
-        )
-
-    def roll_back(self) -> None:
-        """Go back to the newest checkpoint from before the spike; the data since then is left out from now on."""
-        spike = self.recipe.train.spike
-        first = self.step - self.spikes.in_a_row + 1
-        what = f"step {self.step}: {self.spikes.in_a_row} spikes in a row, the first in step {first}"
-        windows, end = self.spikes.windows, self.spikes.position(self.tokens)
-        if len(windows) >= spike.max_rollbacks:
-            raise RuntimeError(f"{what}, after {len(windows)} rollbacks (train.spike.max_rollbacks)")
-        saved = self.checkpoints.before(first)
-        if saved is None:
-            raise RuntimeError(f"{what}, and no checkpoint from before to go back to")
-        last = self.step
-        self.take_up(saved)
-        self.spikes.windows = windows
-        begin = self.spikes.position(self.tokens)
-        self.spikes.leave_out(begin, end)
-        self.checkpoints.forget_after(self.step)
-        self.load = LoadWatch(self.recipe.log)
-        if self.metrics:
-            self.metrics.rollback(self.step, self.tokens, {"spike": [first, last], "window": [begin, end]})
-
-    def preempt(self) -> bool:
-        """Commit a checkpoint of this step, unless the recipe wants none, and say that the run stopped here."""
-        every = self.recipe.checkpoint.every
-        if every and not self.due(every):
-            self.save()
-        self.checkpoints.finish()
-        if self.metrics:
-            self.metrics.warn(
-                self.step, "asked to stop; the next start goes on from here" if every else "asked to stop"
-            )
-            self.metrics.close()
-            asked = self.preemption.asked or "a signal to another rank"
-            mark(self.directory, self.step if every else 0, self.tokens if every else 0, asked)
-        return False
 
     # -- data
     def load_batch(self, batch: int) -> dict[int, Tensor]:
@@ -235,6 +152,11 @@ class Trainer:
         return {mb: rows[[ids[i] for i in sequences]].to(self.device) for mb, sequences in wanted.items()}
 
     # -- what is seen
+    def looks_at_fp8(self, step: int) -> bool:
+        """Whether this step's record tells what FP8 does to each layer."""
+        every = self.recipe.log.health_every
+        return self.recipe.precision == "fp8" and every > 0 and step % every == 0
+
     def evaluate(self) -> None:
         """Mean cross-entropy on `train.eval_rows` held-out rows, forward only, beside a unigram model's on them."""
         asked = self.recipe.train.eval_rows
@@ -286,8 +208,8 @@ class Trainer:
             record["spike"] = True
         if self.spikes.windows:
             record["rollbacks"] = len(self.spikes.windows)
-        if self.corrupted:
-            record["corrupted"] = self.corrupted
+        if self.recovery.corrupted:
+            record["corrupted"] = self.recovery.corrupted
         if self.recipe.train.force_balanced:
             record["force_balanced"] = True
         figures, warnings = self.load.step(totals.loads)
@@ -365,13 +287,6 @@ class Trainer:
         self.spikes.load(saved.meta["spikes"])
 
 
-def dump(folder: Path, found: dict[str, Any]) -> None:
-    """Write what this rank has to say after a failure that all have in common."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rank = dist.get_rank()
-    (folder / f"rank-{rank:05d}.json").write_text(json.dumps({"rank": rank, **found}, indent=1) + "\n")
-
-
 def peak_memory(device: torch.device) -> float:
     """Most memory that this rank has held, in GB: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
@@ -420,11 +335,11 @@ def main(recipe: Recipe) -> bool:
     if recipe.parallel.node_size is None:
         recipe.parallel.node_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     trainer = Trainer(recipe, device)
-    trainer.preemption.listen()
-    finished = trainer.fit()
-    if dog:
-        dog.close()
-    dist.destroy_process_group()
-    if lock:
-        lock.release()
+    with trainer.preemption.listening():
+        finished = trainer.fit()
+        if dog:
+            dog.close()
+        dist.destroy_process_group()
+        if lock:
+            lock.release()
     return finished

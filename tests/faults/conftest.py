@@ -4,12 +4,13 @@
 the rows, their tests' number and their outcome are written into the page that users read.
 """
 
+import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 
-from tests.faults.commands import small_words
+from tests.commands import ONE_RANK, TWO_RANKS, small_words, train
 
 HERE = Path(__file__).parent
 PROMISES = {
@@ -67,8 +68,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> list[str]:
-    """Overrides that make `tiny` a run of seconds."""
-    return small_words(tmp_path_factory.mktemp("small"))
+    """Overrides that make `tiny` a run of seconds, of as many ranks as `tiny` has."""
+    least = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "n_routed_experts": 8}
+    words = small_words(tmp_path_factory.mktemp("small"), vocab_size=512, **least)
+    quiet = ["train.eval_rows=0", "log.bias_every=0", "log.load_every=0"]
+    return [*words, "precision=bf16", "train.batch.start=4", *quiet]
+
+
+@pytest.fixture
+def endless(small, tmp_path) -> list[str]:
+    """A run that would go on for long, without a checkpoint before."""
+    return [*small, *TWO_RANKS, "train.steps=20000", "checkpoint.every=10000", f"run.dir={tmp_path}"]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> list[str]:
+    """Overrides that make `tiny` a run of one process that takes seconds, and saves each step."""
+    words = small_words(tmp_path_factory.mktemp("corpus"), vocab_size=509, num_hidden_layers=3)
+    saves = ["checkpoint.every=1", "checkpoint.keep_last=5"]
+    return [*words, *ONE_RANK, "data.vocab_size=500", "precision=fp32", "train.eval_rows=0", *saves]
+
+
+@pytest.fixture(scope="session")
+def trained(corpus, tmp_path_factory) -> tuple[list[str], Path]:
+    """Overrides and folder of a run of two steps, both saved."""
+    folder = tmp_path_factory.mktemp("runs")
+    words = [*corpus, f"run.dir={folder}", "run.name=first"]
+    assert train(*words, "train.steps=2")[0] == 0
+    return words, folder / "first"
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> tuple[list[str], Path]:
+    """A copy of it that a test may spoil; three steps are wanted now."""
+    words, folder = trained
+    shutil.copytree(folder, tmp_path / "first")
+    return [*words, f"run.dir={tmp_path}", "train.steps=3"], tmp_path / "first"
 
 
 class Table:

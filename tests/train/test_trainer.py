@@ -6,88 +6,27 @@ from a command line runs in the pool of workers.
 
 import contextlib
 import io
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from parallel.schedule import SCHEDULES
-from tests.train.layouts import LAYOUTS, SMALL, batch_of, small_recipe
+from tests.commands import TORCHRUN, TRAIN, course, finish, fit, ranks_of, records, small_words, start, until_step
+from tests.train.layouts import LAYOUTS, batch_of, small_recipe
 from train.compose import compose
 from train.engine import Engine
 from train.trainer import Trainer
 
-ROOT = Path(__file__).parents[2]
-WEFT = [sys.executable, "-P", "-c", "import sys; from launch.cli import main; sys.exit(main())", "train"]
-TORCHRUN = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train"]
 EVERYTHING_ON = LAYOUTS["dualpipe 2, data 2, expert 2"]
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> list[str]:
-    """Overrides that make `tiny` a run of seconds on a text of its own."""
-    folder = tmp_path_factory.mktemp("corpus")
-    sources = [json.dumps({"text": path.read_text()}) for path in sorted((ROOT / "train").rglob("*.py"))]
-    (folder / "sources.jsonl").write_text("\n".join(sources) + "\n")
-    sizes = {f"model.{key}": value for key, value in (SMALL | {"vocab_size": 512, "num_hidden_layers": 3}).items()}
-    data = {"data.path": folder / "sources.jsonl", "data.heldout": 0.1, "data.cache": folder / "cache"}
-    train = {"train.sequence_length": 32, "train.eval_rows": 8, "train.threads": 1, "optim.lr.warmup_tokens": 512}
-    return ["recipe=tiny", "data=hf", *(f"{key}={value}" for key, value in (sizes | data | train).items())]
-
-
-def start(command: list[str], words: list[str]) -> subprocess.Popen:
-    """A command line on its way, seen from outside as a user's shell would start it."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment = {**kept, "PYTHONPATH": str(ROOT)}
-    pipe = subprocess.PIPE
-    return subprocess.Popen([*command, *words], env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
-def finish(command: list[str], words: list[str]) -> str:
-    """What a command that must succeed prints."""
-    process = start(command, words)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
-
-
-def records(run: Path, file: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (run / file).read_text().splitlines()]
-
-
-def course(run: Path) -> list[tuple]:
-    """What must be equal to the bit, step by step."""
-    return [(each["step"], each["tokens"], each["loss"], each["mtp_loss"], each["grad_norm"]) for each in records(run)]
-
-
-def ranks_of(agent: int) -> list[int]:
-    """The processes of a run's ranks, which its launcher has started."""
-    lists = [path.read_text().split() for path in Path(f"/proc/{agent}/task").glob("*/children")]
-    children = [int(pid) for each in lists for pid in each]
-    return [pid for pid in children if b"\0train\0--config" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def wait_for_step(step: int, run: Path, process: subprocess.Popen) -> None:
-    until = time.monotonic() + 240
-    while time.monotonic() < until and process.poll() is None:
-        file = run / "metrics.jsonl"
-        if file.exists() and file.read_text().count("\n") >= step:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached: {process.communicate(timeout=10)}")
-
-
-def fit(words: list[str]) -> None:
-    """A whole run on this rank of the pool."""
-    Trainer(compose(words), torch.device("cpu")).fit()
+    """Overrides that make `tiny` a run of seconds."""
+    words = small_words(tmp_path_factory.mktemp("corpus"), vocab_size=512, num_hidden_layers=3)
+    return [*words, "train.eval_rows=8"]
 
 
 # ---------------------------------------------------------------- start, end, start again
@@ -98,17 +37,19 @@ def test_a_run_resumed_after_sigkill_is_bitwise_the_uninterrupted_one(workers, c
     workers(4).run(fit, [*words, "run.name=whole"], timeout=300)
     words.append("run.name=killed")
 
-    killed = start(WEFT, words)
-    wait_for_step(4, tmp_path / "killed", killed)
+    killed = start(TRAIN, words)
+    until_step(4, tmp_path / "killed", killed, seconds=240)
     ranks = ranks_of(killed.pid)
-    for pid in ranks:
-        os.kill(pid, signal.SIGKILL)
-    _, err = killed.communicate(timeout=100)
-    assert len(ranks) == 4 and killed.returncode == 1 and "SIGKILL" in err
+    for rank in ranks.values():
+        rank.kill()
+    _, err = finish(killed, 1)
+    assert len(ranks) == 4 and "SIGKILL" in err
     before = course(tmp_path / "killed")
     assert 4 <= len(before) < 8, "killed in the middle, after a checkpoint"
 
-    finish(WEFT, [*words, "checkpoint.resume=auto", "trace=on"])  # which changes nothing of what is computed
+    finish(
+        start(TRAIN, [*words, "checkpoint.resume=auto", "trace=on"]), timeout=300
+    )  # which changes nothing of what is computed
     assert before == course(tmp_path / "whole")[: len(before)], "the same as in the pool, until it was killed"
     assert course(tmp_path / "killed") == course(tmp_path / "whole"), "and the same to the end"
     for file in ("evaluations.jsonl", "load.jsonl"):
@@ -141,8 +82,8 @@ def test_torchrun_does_the_same_as_weft_train(corpus, tmp_path):
         "checkpoint.every=0",
         f"run.dir={tmp_path}",
     ]
-    finish(WEFT, [*words, "run.name=weft"])
-    finish(TORCHRUN, [*words, "run.name=torchrun"])
+    finish(start(TRAIN, [*words, "run.name=weft"]), timeout=300)
+    finish(start([*TORCHRUN, "-m", "train"], [*words, "run.name=torchrun"]), timeout=300)
     assert len(course(tmp_path / "weft")) == 2
     assert course(tmp_path / "weft") == course(tmp_path / "torchrun")
     assert records(tmp_path / "weft", "evaluations.jsonl") == records(tmp_path / "torchrun", "evaluations.jsonl")
@@ -153,9 +94,7 @@ def test_torchrun_does_the_same_as_weft_train(corpus, tmp_path):
 def test_more_rows_than_the_memory_plan_allows_end_the_run_with_one_message(corpus, tmp_path, dispatch):
     """No router is balanced to the row: one of four ranks receives more, and the others do not wait for it."""
     words = [*corpus, f"parallel.dispatch={dispatch}", "parallel.node_size=1", "parallel.max_rows_factor=1.0"]
-    process = start(WEFT, [*words, f"run.dir={tmp_path}", "run.name=full"])
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 2, err
+    _, err = finish(start(TRAIN, [*words, f"run.dir={tmp_path}", "run.name=full"]), 2)
     assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.startswith("weft:")]
     assert re.fullmatch(

@@ -69,6 +69,7 @@ class Checkpoints:
         self.copying: Future[None] | None = None
         self.writing: Thread | None = None
         self.unwanted = Event()
+        self.damaged: set[int] = set()  # steps whose checkpoints this start has found not to be whole
         self.failed = ""  # why the last save came to nothing
         self.failures, self.seconds, self.stall = 0, 0.0, 0.0
         self.warnings: list[str] = []
@@ -136,8 +137,10 @@ class Checkpoints:
             saved, found = Saved(folder, manifest), shards.verify(folder, manifest, mine, self.threads)
         except Damaged as damaged:
             found = [str(damaged)]
-        problems = self._all(found)
-        return (None, problems) if problems else (saved, [])
+        if problems := self._all(found):
+            self.damaged.add(step)
+            return None, problems
+        return saved, []
 
     def before(self, step: int) -> Saved | None:
         """The newest whole checkpoint of an earlier step than this, or None."""
@@ -322,10 +325,11 @@ class Checkpoints:
         try:
             shards.manifest_of(step, meta, written).write(names.draft_of(self.directory, step))
             names.commit(self.directory, step)
+            self.damaged.discard(step)  # this one is whole
         except (OSError, ValueError) as error:
             return str(error)
         try:
-            names.prune(self.directory, step, self.keep_last, self.keep_every)
+            names.prune(self.directory, step, self.keep_last, self.keep_every, self.damaged)
         except OSError as error:
             self.warnings.append(f"step {step} is saved, but an old checkpoint could not be removed: {error}")
         return ""

@@ -6,6 +6,7 @@ long as the new one has not taken its place: at each instant a whole one exists.
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from train.checkpoint import disk
@@ -62,12 +63,14 @@ def commit(directory: Path, step: int) -> None:
         disk.remove(aside)
 
 
-def prune(directory: Path, step: int, keep_last: int, keep_every: int) -> None:
-    """Of the checkpoints up to `step`, keep the newest `keep_last` and those of every `keep_every`-th step (0: none).
+def prune(directory: Path, step: int, keep_last: int, keep_every: int, damaged: Collection[int] = ()) -> None:
+    """Of the checkpoints up to `step`, just committed, keep the newest `keep_last` and every `keep_every`-th (0: none).
 
-    Later ones belong to another history and are left alone.
+    Steps that are known to be damaged do not count; they go once they are older than all that are kept. Later ones
+    belong to another history and are left alone.
     """
     steps = [earlier for earlier in committed(directory) if earlier <= step]
-    for old in steps[:-keep_last]:
-        if not keep_every or old % keep_every:
+    oldest, *_ = [each for each in steps if each not in damaged][-keep_last:]
+    for old in steps:
+        if old < oldest and (not keep_every or old % keep_every):
             disk.remove(path_of(directory, old))

@@ -11,6 +11,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -29,10 +31,20 @@ class Preemption:
     def __init__(self) -> None:
         self.asked = ""
 
-    def listen(self) -> None:
-        """From now on signals ask; before, they end the process, which has nothing to save. In the main thread."""
-        for number in SIGNALS:
-            signal.signal(number, self._ask)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Meanwhile signals ask; before, they end the process, which has nothing to save. In the main thread.
+
+        Afterwards they do again what they did before, unless an agent has started this process: then it is about to
+        end, and what it still has to say, an error or an exit code, is not to be cut short.
+        """
+        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            if not under_agent():
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = self.asked or signal.Signals(number).name

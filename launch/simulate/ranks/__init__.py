@@ -1,4 +1,5 @@
 """The trainer's own step as one rank of many.
 
-`rank` runs it on fake tensors, `communication` compares what ranks say.
+`rank` runs it on fake tensors, where a `witness` looks on and passes are `repeating` themselves; `communication`
+compares what ranks say, `report` tells it.
 """

@@ -11,6 +11,7 @@ from launch.simulate import memory, result
 from launch.simulate.cluster.sheet import read
 from launch.simulate.memory import Peak
 from launch.simulate.ranks import rank
+from launch.simulate.ranks.witness import Witness
 from launch.simulate.stages import world
 from launch.simulate.stages.storage import Parts
 from parallel import schedule
@@ -72,10 +73,10 @@ def really_held(*words: str) -> list[int]:
 
 def dreamt(*words: str) -> list[int]:
     """The same of rank 0 in a world of fake tensors."""
-    found, witnesses = list[int](), list[rank.Witness]()
-    compute, init = Pipeline._compute, rank.Witness.__init__
+    found, witnesses = list[int](), list[Witness]()
+    compute, init = Pipeline._compute, Witness.__init__
 
-    def made(self: rank.Witness) -> None:
+    def made(self: Witness) -> None:
         init(self)
         witnesses.append(self)
 
@@ -85,7 +86,7 @@ def dreamt(*words: str) -> list[int]:
         ledger.peak = ledger.alive()
         compute(self, *instruction)
 
-    with patch.object(rank.Witness, "__init__", made), patch.object(Pipeline, "_compute", watched):
+    with patch.object(Witness, "__init__", made), patch.object(Pipeline, "_compute", watched):
         rank.step(recipe(*words), 0, repeat=False)
     return found[1:]
 

@@ -5,6 +5,7 @@ and the safetensors library, which opens every file.
 """
 
 import json
+import os
 import threading
 import time
 
@@ -131,6 +132,30 @@ def test_safetensors_opens_every_file_and_finds_each_element_once(workers, tmp_p
 def test_which_stay_and_that_those_of_another_history_are_left_alone(workers, tmp_path):
     workers(1).run(save, tmp_path, 10, 20, 30, 90, 40, 50, keep_last=2, keep_every=20)
     assert names.committed(tmp_path) == [20, 40, 50, 90]
+
+
+def go_on(directory, *steps):
+    """Resume from the newest that is whole, and save; what is committed after each save."""
+    ours, seen = checkpoints(directory, keep_last=2), []
+    assert ours.find("auto").step == 10
+    for step in steps:
+        ours.save(step, state_at(step), {"tokens": 10 * step})
+        ours.wait()
+        seen.append(names.committed(directory))
+    ours.finish()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("steps", "left"),
+    [((20, 30), [[10, 17, 20], [20, 30]]), ((17, 30), [[10, 17], [17, 30]])],
+    ids=["it goes with those of its age", "saved again, it counts"],
+)
+def test_a_damaged_one_that_was_left_out_is_not_one_of_those_kept(workers, tmp_path, steps, left):
+    workers(1).run(save, tmp_path, 10, 17)
+    os.truncate(tmp_path / "step-00000017" / "manifest.json", 9)
+    assert workers(1).run(go_on, tmp_path, *steps) == [left]
+    assert workers(1).run(resumes, tmp_path) == [30]
 
 
 def save_other(directory):

@@ -1,7 +1,9 @@
 """A rank of a fake world against ranks of a real one: what it says, and what it holds."""
 
 import json
-from dataclasses import replace
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from launch.simulate import result
 from launch.simulate.cluster import sheet
 from launch.simulate.memory import stays
 from launch.simulate.ranks import rank as simulated
-from launch.simulate.ranks.communication import Call, Communicator, disagreements, spans
+from launch.simulate.ranks.communication import Call, disagreements
+from launch.simulate.ranks.witness import Witness
 from launch.simulate.stages.world import study_stages
 from parallel import schedule
 from parallel.errors import UserError
@@ -30,7 +33,7 @@ def recipe(*words: str) -> Recipe:
 
 def real_step() -> tuple[list[Call], dict[str, simulated.Buffers]]:
     """The same trainer on a rank of gloo."""
-    one, witness = simulated.one_step(recipe("parallel.node_size=4")), simulated.Witness()
+    one, witness = simulated.one_step(recipe("parallel.node_size=4")), Witness()
     with witness, simulated.without_files(one):
         trainer = Trainer(one, torch.device("cpu"))
         trainer.fit()
@@ -70,63 +73,6 @@ def test_passes_that_are_repeated_say_and_hold_what_passes_say_and_hold():
     assert repeated.peak == pytest.approx(run.peak, rel=0.01)
 
 
-# ---------------------------------------------------------------- logs that do not fit together
-WORLD, RIGHT = Communicator("world", (0, 1)), Communicator("travel right", (0, 1))
-
-
-def log(rank: int) -> list[Call]:
-    """Two collectives, an exchange of 1, 2, 3 and 4 bytes, and a message to the right."""
-    exchange = {0: ((1, 2), (1, 3)), 1: ((3, 4), (2, 4))}[rank]
-    message = (
-        Call("send", RIGHT, "bfloat16", (8,), (), 1) if rank == 0 else Call("receive", RIGHT, "bfloat16", (), (8,), 0)
-    )
-    return [
-        Call("all-reduce", WORLD, "float64", (64,), (64,)),
-        message,
-        Call("all-to-all", WORLD, "uint8", *exchange),
-        Call("all-gather", WORLD, "bfloat16", (2,), (4,)),
-        message,
-    ]
-
-
-def swap(calls: list[Call]) -> list[Call]:
-    return [calls[2], calls[1], calls[0], *calls[3:]]
-
-
-BROKEN = {
-    "two collectives in the other order": (swap, "world of ranks 0..1: its collective number 0 is"),
-    "one collective less": (lambda calls: calls[:3] + calls[4:], "its collective number 2 is"),
-    "another size": (lambda calls: [replace(calls[0], gives=(65,), takes=(65,)), *calls[1:]], "all-reduce of 65 bytes"),
-    "another expectation": (
-        lambda calls: [*calls[:2], replace(calls[2], takes=(1, 4)), *calls[3:]],
-        "rank 0 gives 2 bytes to rank 1, who takes 1",
-    ),
-    "a message that nobody receives": (lambda calls: calls[:4], "from rank 0 to rank 1: message number 1 is send"),
-    "a shorter message": (lambda calls: [*calls[:4], replace(calls[4], takes=(6,))], "receive of 6 bytes"),
-}
-
-
-def test_logs_of_ranks_in_step_agree():
-    assert disagreements({0: log(0), 1: log(1)}) == []
-
-
-@pytest.mark.parametrize("how", BROKEN)
-def test_a_rank_out_of_step_is_found(how):
-    change, words = BROKEN[how]
-    found = disagreements({0: log(0), 1: change(log(1))})
-    assert found and any(words in line for line in found), found
-
-
-def test_a_rank_that_is_not_there_is_not_missed():
-    assert disagreements({0: log(0)}) == []
-
-
-def test_ranks_are_spelled_in_few_characters():
-    assert spans([0, 1, 2, 3, 8, 9]) == "0..3, 8..9"
-    assert spans(range(5, 2048, 128)) == "5..1925 by 128"
-    assert spans([3, 67, 1923, 1987]) == "3, 67, 1923, 1987"
-
-
 # ---------------------------------------------------------------- the command
 def test_the_command_tells_of_a_rank(capsys):
     assert main(["simulate", *SMALL, "rank=3", "--json", "-"]) == 0
@@ -135,6 +81,14 @@ def test_the_command_tells_of_a_rank(capsys):
     assert (one["rank"], one["pipeline"], one["stages"]) == (3, 1, [0, 1])
     assert {each["use"] for each in one["communication"]} >= {"world", "all-to-all", "dense", "experts"}
     assert found["disagreements"] == []
+
+
+@pytest.mark.slow
+def test_the_console_gets_the_tables_and_nothing_else():
+    words = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())", "simulate", *SMALL]
+    done = subprocess.run([*words, "rank=0"], cwd=Path(__file__).parents[4], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("h800x2048: rank 0 of 4: ")
 
 
 def test_ranks_are_chosen_by_number_list_span_or_all():

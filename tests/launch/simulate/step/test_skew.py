@@ -12,7 +12,7 @@ from launch.simulate.stages.work import Exchange, PassWork, Piece
 from launch.simulate.step.race import race
 from launch.simulate.step.skew import HEAVY, Noise, Peers, Skew, width
 from parallel.errors import UserError
-from tests.launch.simulate.test_engine import UNIT, exchange, piece, stage
+from tests.launch.simulate.step.test_engine import UNIT, exchange, piece, stage
 from train.compose import compose
 
 WORDS = ["recipe=tiny", "train.sequence_length=64", "parallel.node_size=4", "model.num_hidden_layers=3"]

@@ -7,7 +7,7 @@ import pytest
 from launch.simulate.cluster.sheet import Cores, Link, Sheet
 from launch.simulate.step import cores, engine
 from parallel import schedule
-from tests.launch.simulate.test_engine import UNIT, stage
+from tests.launch.simulate.step.test_engine import UNIT, stage
 
 AT_ONCE = Link(float("inf"), 0.0)
 SCHEDULES = [("1f1b", 4, 8), ("dualpipe", 4, 8), ("zbv", 2, 6), ("gpipe", 2, 4)]

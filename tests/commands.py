@@ -1,5 +1,7 @@
-"""Real runs from real command lines: a small recipe, its processes, and what they leave in the run directory."""
+"""Small runs: their recipe, their real command lines and processes, and what they leave in the run directory."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -9,10 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import torch
+import torch.distributed as dist
 
+from launch import cli
 from tests.train.layouts import SMALL
+from train import __main__ as worker
+from train.compose import compose
+from train.trainer import Trainer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 WEFT = [sys.executable, "-P", "-c", "import sys; from launch.cli import main; sys.exit(main())"]
 TRAIN = [*WEFT, "train"]
 TORCHRUN = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -20,31 +28,17 @@ TWO_RANKS = ["parallel.pipeline=1", "parallel.data=2", "parallel.expert=1", "par
 ONE_RANK = [*TWO_RANKS, "parallel.data=1"]
 
 
-def small_words(folder: Path) -> list[str]:
-    """Overrides that make `tiny` a run of seconds, on weft's own sources as they are."""
+def small_words(folder: Path, **model: int) -> list[str]:
+    """Overrides that make `tiny` a run of seconds, on weft's own sources as they are; `model` beside `SMALL`."""
     sources = [json.dumps({"text": path.read_text()}) for path in sorted((ROOT / "train").rglob("*.py"))]
     (folder / "sources.jsonl").write_text("\n".join(sources) + "\n")
-    least = {
-        "vocab_size": 512,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "n_routed_experts": 8,
-    }
-    sizes = {f"model.{key}": value for key, value in (SMALL | least).items()}
+    sizes = {f"model.{key}": value for key, value in (SMALL | model).items()}
     data = {"data.path": folder / "sources.jsonl", "data.heldout": 0.1, "data.cache": folder / "cache"}
     train = {"train.sequence_length": 32, "train.threads": 1, "optim.lr.warmup_tokens": 512}
-    words = ["recipe=tiny", "data=hf", *(f"{key}={value}" for key, value in (sizes | data | train).items())]
-    return [
-        *words,
-        "precision=bf16",
-        "train.batch.start=4",
-        "train.eval_rows=0",
-        "log.bias_every=0",
-        "log.load_every=0",
-    ]
+    return ["recipe=tiny", "data=hf", *(f"{key}={value}" for key, value in (sizes | data | train).items())]
 
 
+# ---------------------------------------------------------------- processes
 def start(command: list[str], words: list[str], **variables: str) -> subprocess.Popen:
     """A command on its way, seen from outside as a user's shell would start it."""
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -63,27 +57,6 @@ def finish(process: subprocess.Popen, code: int | None = 0, timeout: float = 110
         raise AssertionError(f"still running after {timeout:.0f} s: {process.communicate()}") from None
     assert code is None or process.returncode == code, (process.returncode, out[-2000:], err)
     return out, err
-
-
-def records(run: Path, file: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (run / file).read_text().splitlines()]
-
-
-def course(run: Path) -> list[tuple]:
-    """What must be equal to the bit, step by step."""
-    return [tuple(each[key] for key in ("step", "tokens", "loss", "mtp_loss", "grad_norm")) for each in records(run)]
-
-
-def tensors(run: Path, step: int) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint that holds tensors."""
-    manifest = json.loads((run / f"checkpoints/step-{step:08d}/manifest.json").read_text())
-    return {name: file["sha256"] for name, file in manifest["files"].items()}
-
-
-def saved(run: Path) -> list[int]:
-    """The steps of all committed checkpoints; fails if anything else lies beside them."""
-    names = sorted(path.name for path in (run / "checkpoints").iterdir() if not path.name.startswith("."))
-    return [int(name.removeprefix("step-")) for name in names if not name.endswith(".tmp")]
 
 
 def ranks_of(agent: int) -> dict[int, psutil.Process]:
@@ -106,7 +79,7 @@ def until(condition: Callable[[], object], what: str, seconds: float = 100) -> N
         time.sleep(0.02)
 
 
-def until_step(step: int, run: Path, process: subprocess.Popen) -> None:
+def until_step(step: int, run: Path, process: subprocess.Popen, seconds: float = 100) -> None:
     """Wait until a run has reported a step."""
     file = run / "metrics.jsonl"
 
@@ -115,10 +88,56 @@ def until_step(step: int, run: Path, process: subprocess.Popen) -> None:
             raise AssertionError(f"ended before step {step}: {process.communicate()}")
         return file.exists() and file.read_text().count("\n") >= step
 
-    until(reached, f"step {step}")
+    until(reached, f"step {step}", seconds)
 
 
 def gone(processes: dict[int, psutil.Process], seconds: float = 0) -> bool:
     """Whether none of these runs any more, at the latest after so many seconds."""
     _, alive = psutil.wait_procs(list(processes.values()), timeout=seconds)
     return not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
+
+
+# ---------------------------------------------------------------- in this process
+def train(*words: object) -> tuple[int, str]:
+    """`python -m train` in this process: exit code and what it says on standard error."""
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            return worker.main([str(word) for word in words]), said.getvalue()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def fit(words: list[str]) -> None:
+    """A whole run on this rank of the pool."""
+    Trainer(compose(words), torch.device("cpu")).fit()
+
+
+def refused(capsys, *words: object) -> str:
+    """What `weft` answers to words that it must not act upon."""
+    assert cli.main([str(word) for word in words]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told and not dist.is_initialized()
+    return told
+
+
+# ---------------------------------------------------------------- what is left
+def records(run: Path, file: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
+
+
+def course(run: Path) -> list[tuple]:
+    """What must be equal to the bit, step by step."""
+    return [tuple(each[key] for key in ("step", "tokens", "loss", "mtp_loss", "grad_norm")) for each in records(run)]
+
+
+def tensors(run: Path, step: int) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint that holds tensors."""
+    manifest = json.loads((run / f"checkpoints/step-{step:08d}/manifest.json").read_text())
+    return {name: file["sha256"] for name, file in manifest["files"].items()}
+
+
+def saved(run: Path) -> list[int]:
+    """The steps of all committed checkpoints; fails if anything else lies beside them."""
+    names = sorted(path.name for path in (run / "checkpoints").iterdir() if not path.name.startswith("."))
+    return [int(name.removeprefix("step-")) for name in names if not name.endswith(".tmp")]

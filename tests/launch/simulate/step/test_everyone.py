@@ -15,7 +15,7 @@ from launch.simulate.step.update import update
 from parallel import schedule
 from parallel.mesh import Mesh
 from parallel.schedule import SCHEDULES
-from tests.launch.simulate.test_engine import UNIT
+from tests.launch.simulate.step.test_engine import UNIT
 from train.compose import compose
 
 SHEET = replace(
