@@ -16,7 +16,6 @@ import socket
 import statistics
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -89,7 +88,6 @@ def train(rank: int, port: int, recipe: Recipe, usual: float, queue: Any) -> Non
     size = recipe.parallel.world_size
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, of names that it is about to change
     torch.set_num_threads(1)
     Paced.away = []
     if rank == 0:
