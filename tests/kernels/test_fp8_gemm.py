@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.fp8 import (
     BLOCKS,
@@ -16,6 +17,7 @@ from kernels.fp8 import (
     fp8_linear_wgrad,
     fp8_requantize,
 )
+from kernels.fp8.backends import reference
 from tests.kernels import numpy_fp8
 
 REFERENCE = "reference"
@@ -110,6 +112,32 @@ def test_widened_weights_give_the_same_bits_as_codes():
     operands = ([codes], [scales]), ([formats.widen(codes)], [scales])
     (y,), (y_widened,) = (fp8_linear(*x, *w, FP32, REFERENCE) for w in operands)
     assert torch.equal(y, y_widened)
+
+
+class Shapes(TorchDispatchMode):
+    """The rows, inner and outer widths of every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            self.seen.add((*args[0].shape, args[1].shape[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_experts_with_any_number_of_rows_need_few_shapes_of_products():
+    """oneDNN compiles one kernel for each, and forgets the oldest of a thousand."""
+    g, shapes = torch.Generator().manual_seed(0), Shapes()
+    counts = list(range(1, 40))
+    (x, _), (dy, _) = quantised(g, sum(counts), 128), quantised(g, sum(counts), 128)
+    (codes, scales), _ = quantised(g, 128, 128, tile=BLOCKS)
+    weights = codes.expand(len(counts), -1, -1), scales.expand(len(counts), -1, -1)
+    with shapes:
+        reference.grouped_linear(*x, *weights, counts)
+        reference.grouped_wgrad(*x, *dy, torch.zeros(len(counts), 128, 128), counts)
+    assert shapes.seen == {(rows, 128, 128) for rows in (16, 32, 48)} | {(128, rows, 128) for rows in (16, 32, 48)}
 
 
 def test_the_callers_precision_setting_survives():

@@ -47,6 +47,13 @@ def test_every_operator_of_a_model_is_measured_under_the_name_by_which_it_is_pri
     assert len(found.gaps) == 1
 
 
+def test_the_yardstick_is_told_in_what_it_usually_takes() -> None:
+    pace = Pace(torch.device("cpu"), usual=1e3)
+    assert 0 < pace.slower() < 1e-3
+    assert len(pace.readings) == 1
+    assert pace.usual == 1e3
+
+
 def test_a_machine_that_was_not_measured_is_told_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEFT_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"cluster=local: .*run weft calibrate"):
