@@ -33,7 +33,7 @@ class Verb:
     flags: dict[str, str] = field(default_factory=dict)
     recipe: bool = True
     words: str = ""  # what a verb without a recipe takes
-    keys: dict[str, str | None] = field(default_factory=dict)  # its own beside the recipe's, with their defaults
+    keys: dict[str, tuple[str | None, str]] = field(default_factory=dict)  # its own beside the recipe's: default, doc
 
 
 def train(recipe: Any, flags: argparse.Namespace) -> int:
@@ -210,6 +210,7 @@ def doctor(recipe: None, flags: argparse.Namespace) -> int:
     return doctor.main()
 
 
+CLUSTER = "h800x2048", "a sheet of recipes/cluster, the path of another, or local, which weft calibrate makes"
 VERBS = {
     "train": Verb("train a recipe with all its ranks on this machine", "weft train recipe=tiny train.steps=20", train),
     "schedule": Verb(
@@ -231,7 +232,13 @@ VERBS = {
             "--html FILE": "write them and the timeline as a page that needs no network",
             "--trace DIR": "write the timeline of each pipeline rank as trace=on does, for Perfetto and --compare DIR",
         },
-        keys={"cluster": "h800x2048", "rank": None, "skew": "0", "jitter": "0", "seed": "0"},
+        keys={
+            "cluster": CLUSTER,
+            "rank": (None, "run the trainer's own step as these of the cluster's ranks: 5, 0-15, all"),
+            "skew": ("0", "rows that the fullest rank of an expert group gets beyond the mean, as a part of it: 0.3"),
+            "jitter": ("0", "how unlike the times of GPUs are that do the same: 0.02 for 2 %"),
+            "seed": ("0", "what skew and jitter are drawn from"),
+        },
     ),
     "plan": Verb(
         "find the layout in which a recipe costs least on a cluster",
@@ -242,7 +249,7 @@ VERBS = {
             "--json FILE": "write all plans, with the reasons of the rejected ones, as JSON",
             "--any-precision": "choose the precision too, not only the layout",
         },
-        keys={"cluster": "h800x2048", "gpus": None},
+        keys={"cluster": CLUSTER, "gpus": (None, "how many of the cluster's GPUs to use; all, unless told")},
     ),
     "calibrate": Verb(
         "measure this machine, for weft simulate cluster=local",
@@ -324,6 +331,9 @@ def run(words: list[str]) -> int:
     flags, rest = own_flags(verb, rest)
     if verb.recipe:
         return with_recipe(name, verb, flags, rest)
+    if {"--help", "-h"} & set(rest):
+        print(verb_usage(name, verb))
+        return 0
     if len(rest) != len(verb.words.split()):
         expected = f"weft {name} {verb.words}" if verb.words else f"no words after {name}"
         raise UserError(f"{' '.join([name, *rest])}: expected {expected}")
@@ -344,7 +354,7 @@ def own_flags(verb: Verb, words: list[str]) -> tuple[argparse.Namespace, list[st
         flags, rest = parser.parse_known_args([word for word in words if word.partition("=")[0] not in own])
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
-    for key, default in verb.keys.items():
+    for key, (default, _) in verb.keys.items():
         setattr(flags, key, own.get(key, default))
     return flags, rest
 
@@ -377,8 +387,8 @@ def with_recipe(name: str, verb: Verb, flags: argparse.Namespace, words: list[st
 
     help_header = []
     if {"--help", "-h"} & set(hydra_flags):
-        own = "".join(f", {flag} to {does}" for flag, does in verb.flags.items())
-        help_header = [f"hydra.help.header='weft {name}: {verb.does}{own}. For example: {verb.example}'"]
+        print(verb_usage(name, verb))
+        help_header = ["hydra.help.header=''"]
     words_before, full_error_before = sys.argv, os.environ.get("HYDRA_FULL_ERROR", "0")
     sys.argv = [f"weft {name}", *hydra_flags, *help_header, *line.hydra_overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through, for `main` to print
@@ -431,6 +441,22 @@ def write(file: str, text: str) -> None:
         raise UserError(f"{file}: expected a file to write; {error.strerror}") from None
 
 
+def verb_usage(name: str, verb: Verb) -> str:
+    """What `weft VERB --help` prints, before Hydra's groups and keys if the verb takes a recipe."""
+    line = " ".join(["weft", name, *verb.words.split(), *(["[key=value ...]"] if verb.recipe else [])])
+    rows = [*verb.flags.items()]
+    rows += [(f"{key}={default or '...'}", does) for key, (default, does) in verb.keys.items()]
+    width = max((len(left) for left, _ in rows), default=0)
+    return "\n".join(
+        [
+            f"{line}: {verb.does}",
+            *(["", *(f"  {left:<{width}}  {does}" for left, does in rows)] if rows else []),
+            "",
+            f"For example: {verb.example}",
+        ]
+    )
+
+
 def usage() -> str:
     """What `weft --help` prints."""
     rows = [f"  {f'weft {name}':<20}{verb.does}\n{'':<22}{verb.example}" for name, verb in VERBS.items()]
@@ -445,7 +471,9 @@ def usage() -> str:
             "",
             *flags,
             "",
-            "Every verb but load, verify, export and doctor takes a recipe (tiny unless named) and Hydra's flags:",
-            "--cfg job shows the composed recipe, --multirun sweeps over values (train.seed=1,2), --help lists keys.",
+            f"{', '.join(name for name, verb in VERBS.items() if verb.recipe)} take a recipe (tiny unless named) and"
+            " Hydra's flags:",
+            "--cfg job shows the composed recipe, --multirun sweeps over values (train.seed=1,2).",
+            "weft VERB --help tells more of a verb, and lists a recipe's keys.",
         ]
     )

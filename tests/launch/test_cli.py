@@ -64,10 +64,14 @@ def test_cfg_job_prints_the_composed_recipe_and_runs_nothing(capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_verb_s_help_lists_groups_and_keys(capsys):
-    text = weft(capsys, "schedule", "--help")
-    assert "model: tiny, v3, v3-16b" in text and "data: hf, stdlib" in text
-    assert "microbatch_size: 1" in text and "--svg FILE" in text
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_every_verb_s_help_tells_what_it_takes(capsys, name):
+    verb, text = cli.VERBS[name], weft(capsys, *name.split(), "--help")
+    assert text.startswith(f"weft {name}") and verb.example in text and verb.does in text
+    assert all(flag in text and does in text for flag, does in verb.flags.items())
+    assert all(f"{key}=" in text and does in text for key, (_, does) in verb.keys.items())
+    groups = "model: tiny, v3, v3-16b" in text and "data: hf, stdlib" in text and "microbatch_size: 1" in text
+    assert groups == verb.recipe
 
 
 def test_multirun_runs_the_verb_for_each_value(capsys):
