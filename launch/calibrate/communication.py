@@ -1,7 +1,9 @@
 """What processes on this machine take to tell each other things, with gloo on a CPU and NCCL between GPUs.
 
-Two ranks exchange and send buffers of growing size. A time is what an exchange takes when nothing else is to be done; a
-process's processor time meanwhile is what it takes from whoever shares its core.
+Two ranks exchange and send buffers of growing size. A time is what that takes when nothing else is to be done. On a CPU
+exchanges are timed where they run instead: in passes through small models whose experts the two have between them.
+Processes that compute do not come to an exchange at once, for their cores and their experts' rows are not alike, and
+one that sleeps must be woken. The processor time of gloo's threads meanwhile is taken from whoever shares the core.
 """
 
 import multiprocessing
@@ -9,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,15 +21,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.calibrate.model import Model, Sizes
 from launch.calibrate.pace import Pace
 
+SHARED: tuple[tuple[str, Sizes], ...] = (  # models whose experts the two have between them: precision, sizes
+    ("bf16", (128, 192, 8, 1024)),
+    ("fp8", (384, 320, 8, 2048)),
+    ("fp8", (256, 512, 16, 1024)),
+    ("bf16", (512, 512, 16, 2048)),
+)
 SIZES = 1 << 10, 1 << 14, 1 << 17, 1 << 19, 1 << 21, 1 << 23
-SECONDS = 60  # that a rank may take to answer
+SECONDS = 300  # that all this may take
 
 
 @dataclass
 class Talk:
-    """Rows of (bytes, seconds): of exchanges, of sends, and of the processor time of either."""
+    """Rows of (bytes, seconds): of exchanges, of sends, and of the processor time that exchanges take."""
 
     exchange: list[tuple[int, float]] = field(default_factory=list)
     send: list[tuple[int, float]] = field(default_factory=list)
@@ -48,7 +58,7 @@ def measure(device: str, repeats: int, usual: float, tell: Callable[[str], None]
         for member in members:
             member.start()
         for member in members:
-            member.join(SECONDS + 30)
+            member.join(SECONDS)
         if any(member.exitcode != 0 for member in members):
             raise RuntimeError("processes on this machine cannot talk to each other; weft doctor may know why")
         found: Talk = queue.get()
@@ -69,13 +79,15 @@ def talk(rank: int, ranks: int, device: str, repeats: int, usual: float, store: 
         given = torch.zeros(size, dtype=torch.uint8, device=device)
         taken = torch.empty_like(given)
         before = pace.slower()
-        seconds, busy = timed(partial(dist.all_to_all_single, taken, given), repeats, device)
-        sent, _ = timed(partial(back_and_forth, rank, given, taken), repeats, device)
-        slower = (before + pace.slower()) / 2
-        leaving = size * (ranks - 1) // ranks
-        found.exchange.append((leaving, seconds / slower))
-        found.processor.append((leaving, busy / slower))
-        found.send.append((size, sent / 2 / slower))
+        back = timed(partial(back_and_forth, rank, given, taken), repeats, device)
+        found.send.append((size, back / 2 / ((before + pace.slower()) / 2)))
+        if device == "cuda":
+            seconds = timed(partial(dist.all_to_all_single, taken, given), repeats, device)
+            found.exchange.append((size * (ranks - 1) // ranks, seconds))
+    for precision, sizes in SHARED if device == "cpu" else ():
+        sent, seconds, busy = in_passes(precision, sizes, pace, repeats // 2)
+        found.exchange.append((sent, seconds))
+        found.processor.append((sent, busy))
     if rank == 0:
         queue.put(found)
     dist.destroy_process_group()
@@ -90,16 +102,37 @@ def back_and_forth(rank: int, given: torch.Tensor, taken: torch.Tensor) -> None:
             dist.recv(taken, 1 - rank)
 
 
-def timed(call: Callable[[], None], repeats: int, device: str) -> tuple[float, float]:
-    """Seconds of a call, the median of `repeats`, and the processor time that one takes in this process."""
+def in_passes(precision: str, sizes: Sizes, pace: Pace, repeats: int) -> tuple[int, float, float]:
+    """Bytes, seconds and processor time of an exchange in passes through a shared model, on average.
+
+    The processor time is that of gloo's threads; the seconds are these and what a pass takes beyond its processor time.
+    """
+    model = Model(precision, sizes, torch.device("cpu"), dist.group.WORLD)
+    model.run(nullcontext())
+    model.dispatcher.log.clear()
+    model.dispatcher.traffic.clear()
+    idle, gloo, before = [], [], pace.slower()
+    for _ in range(repeats):
+        begin, thread, process = time.perf_counter(), time.thread_time(), time.process_time()
+        model.run(nullcontext())
+        process = time.process_time() - process
+        gloo.append(process - (time.thread_time() - thread))
+        idle.append(time.perf_counter() - begin - process)
+    scale = repeats / len(model.dispatcher.log) / ((before + pace.slower()) / 2)
+    sent = sum(model.dispatcher.traffic.inside.values()) // len(model.dispatcher.log)
+    return sent, max((median(idle) + median(gloo)) * scale, 1e-7), max(median(gloo) * scale, 1e-7)
+
+
+def timed(call: Callable[[], None], repeats: int, device: str) -> float:
+    """Seconds of a call, the median of `repeats`."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(3):
         call()
     wait()
-    seconds, used = [], time.process_time()
+    seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
         call()
         wait()
         seconds.append(time.perf_counter() - begin)
-    return median(seconds), max((time.process_time() - used) / repeats, 1e-7)
+    return median(seconds)

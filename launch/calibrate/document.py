@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from launch.calibrate import communication, operators, optimizer, together
-from launch.calibrate.fitting import Fit, line, link
+from launch.calibrate.fitting import Fit, line, link, python
 from launch.calibrate.pace import Pace
 from launch.simulate.cluster.sheet import Line, local_path
 from parallel.errors import UserError
@@ -38,14 +38,14 @@ def calibrate(out: str | None, quick: bool) -> int:
     return 0
 
 
-def measure(quick: bool, tell: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, Fit]]:
+def measure(quick: bool, tell: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, Fit[Any]]]:
     """The sheet, as YAML has it, and its curves."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu, cores = device.type == "cuda", os.cpu_count() or 1
     torch.set_num_threads(1)
     pace = Pace(device)
     found = operators.measure(device, quick, pace, tell)
-    fits = {f"operators.{key}": line(rows) for key, rows in sorted(found.rows.items())}
+    fits: dict[str, Fit[Any]] = {f"operators.{key}": line(rows) for key, rows in sorted(found.rows.items())}
     moved, spread = optimizer.measure(device, 3 if quick else 7, pace)
     tell(f"the optimizer touches {moved / 1e9:.2f} GB a second")
     talk = communication.Talk()
@@ -81,17 +81,20 @@ def measure(quick: bool, tell: Callable[[str], None]) -> tuple[dict[str, Any], d
         "memory_bytes": "measured: the GPU's" if on_gpu else "measured: the machine's, which its ranks share",
     }
     if not on_gpu:
+        each, more = python(found.gaps)
         slower = together.measure(cores, tell) if cores > 1 else 1.0
+        crowded = max(slower, together.measure(2 * cores, tell))
         sheet["cores"] = {
             "count": cores,
             "together": slower,
-            "between": median(found.gaps),
+            "crowded": crowded,
+            "between": each,
+            "between_fp8": more,
             "message": asdict(fits["processor"].curve),
             "pace": pace.usual,
         }
-        told["cores"] = (
-            f"measured: between from {len(found.gaps)} models, {min(found.gaps):.1e} to {max(found.gaps):.1e}"
-        )
+        gaps = [seconds / operators for operators, _, seconds in found.gaps]
+        told["cores"] = f"measured: between from {len(gaps)} models, with FP8's {min(gaps):.1e} to {max(gaps):.1e}"
         told["cores"] += "; message: " + words(fits["processor"])
         told["cores"] += (
             f"; pace: from {min(pace.readings):.2f} to {max(pace.readings):.2f} times while this was measured"
@@ -123,7 +126,7 @@ def bandwidth(found: operators.Measured) -> float:
     return median(cost.bytes / seconds for cost, seconds in rows if cost.bytes > LARGE)
 
 
-def words(fit: Fit) -> str:
+def words(fit: Fit[Any]) -> str:
     return f"{fit.rows} rows, residual {fit.median:.1%} in the median, {fit.worst:.0%} at worst"
 
 
@@ -136,7 +139,7 @@ def text(sheet: dict[str, Any]) -> str:
     return head + yaml.safe_dump(sheet, sort_keys=False, default_flow_style=None, width=118)
 
 
-def table(fits: dict[str, Fit]) -> str:
+def table(fits: dict[str, Fit[Any]]) -> str:
     """What was measured, and how far curves are from it."""
     rows = [
         (key.removeprefix("operators."), str(fit.rows), f"{fit.median:.1%}", f"{fit.worst:.0%}")

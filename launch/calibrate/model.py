@@ -4,8 +4,10 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 
 from kernels.linear import Numerics, attach_main_grads
+from parallel.experts.all_to_all import AllToAll
 from parallel.experts.local import LocalExperts
 from parallel.passes import Microbatch, Tape, backward, forward, merge
 from train.model.config import ModelConfig
@@ -42,15 +44,23 @@ def config(width: int, tokens: int, experts: int, vocabulary: int) -> ModelConfi
 class Model:
     """A stage of one small model, and micro-batches through it."""
 
-    def __init__(self, precision: str, sizes: Sizes, device: torch.device) -> None:
-        """precision: as in a recipe. sizes: width, tokens, experts, vocabulary."""
+    def __init__(
+        self, precision: str, sizes: Sizes, device: torch.device, group: dist.ProcessGroup | None = None
+    ) -> None:
+        """precision: as in a recipe. sizes: width, tokens, experts, vocabulary. group: has the experts; this rank has
+        all of them unless told."""
         self.config, self.tokens, self.device = config(*sizes), sizes[1], device
         backend = "auto" if precision == "fp8" and device.type == "cuda" else "reference"
         self.numerics = Numerics(precision, backend)
         experts = self.config.n_routed_experts
+        self.dispatcher: LocalExperts | AllToAll = LocalExperts(experts, self.numerics.row_align)
+        held = 0, experts
+        if group is not None:
+            align, each = self.numerics.row_align, experts // group.size()
+            self.dispatcher = AllToAll(experts, group, fp8=precision == "fp8", align=align)
+            held = group.rank() * each, each
         with torch.device(device):
-            dispatcher = LocalExperts(experts, self.numerics.row_align)
-            self.stage = build(self.config, self.numerics, dispatcher, (0,), [range(2)], (0, experts))[0]
+            self.stage = build(self.config, self.numerics, self.dispatcher, (0,), [range(2)], held)[0]
         with torch.no_grad():
             initialise(self.stage, 0, self.config.initializer_range)
         attach_main_grads(self.stage, self.numerics.main_grad_dtype)

@@ -30,11 +30,12 @@ REPEATS = 5
 
 @dataclass
 class Measured:
-    """rows: by operator (`operator_key`) what its calls cost, and their seconds. gaps: seconds of a pass beyond its
-    operators for each of them, one for each model."""
+    """rows: by operator (`operator_key`) what its calls cost, and their seconds. gaps: of each model, how many
+    operators its pass had, how many of them products in FP8, and the pass's seconds beyond them.
+    """
 
     rows: dict[str, list[tuple[Cost, float]]] = field(default_factory=lambda: defaultdict(list))
-    gaps: list[float] = field(default_factory=list)
+    gaps: list[tuple[int, int, float]] = field(default_factory=list)
 
 
 class Stopwatch(TorchDispatchMode):
@@ -105,11 +106,11 @@ def measure_model(
         watched.append([(key, cost, _seconds(*when) / slower) for key, cost, *when in watch.calls])
         plain.append(took / ((between + after) / 2))
         before = after
-    total = 0.0
+    total, in_fp8 = 0.0, 0
     for calls in zip(*watched, strict=True):  # one call of an operator, as often as it was repeated
         took = median(seconds for _, _, seconds in calls)
         key, cost, _ = calls[0]
         found.rows[key].append((cost, max(took, 1e-7)))
-        total += took
+        total, in_fp8 = total + took, in_fp8 + key.endswith(".fp8")
     if device.type == "cpu":
-        found.gaps.append(max(0.0, median(plain) - total) / len(watched[0]))
+        found.gaps.append((len(watched[0]), in_fp8, max(0.0, median(plain) - total)))

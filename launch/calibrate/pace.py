@@ -15,7 +15,7 @@ import torch
 
 from launch.calibrate.model import Model
 
-YARD = 256, 128, 8, 1024  # width, tokens, experts, vocabulary
+YARD = "fp8", (256, 128, 8, 1024)  # as weft's layers usually compute; width, tokens, experts, vocabulary
 WARM_UP, READINGS = 3, 15
 
 
@@ -25,7 +25,7 @@ class Pace:
     def __init__(self, device: torch.device, usual: float | None = None) -> None:
         """usual: what it took elsewhere, to compare with; else what it takes now."""
         self.readings: list[float] = []
-        self._yard = Model("bf16", YARD, device) if device.type == "cpu" else None
+        self._yard = Model(*YARD, device) if device.type == "cpu" else None
         for _ in range(WARM_UP):
             self._seconds()
         self.usual = usual or median(self._seconds() for _ in range(READINGS))

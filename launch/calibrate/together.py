@@ -1,4 +1,8 @@
-"""How much slower this machine's cores are when all of them are at work: memory, caches and clock are shared."""
+"""How much slower this machine's cores are when all of them are at work, or have several processes each.
+
+Memory, caches and clock are shared; and a core that turns from one process to the other finds the wrong things in its
+caches.
+"""
 
 import multiprocessing
 import time

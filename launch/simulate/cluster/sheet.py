@@ -80,16 +80,24 @@ class Link:
 class Cores:
     """Of a machine whose ranks are processes on its cores: how many there are, and what more than operators uses them.
 
-    together: how many times as long everything takes while all cores are busy. between: seconds of Python for each
-    operator. message: processor time of sending or receiving. pace: seconds of calibration's yardstick when all this
-    was measured (`launch.calibrate.pace`).
+    together, crowded: how many times as much processor time everything takes while all cores are busy, and while there
+    are more busy processes than cores. between: seconds of Python for each operator, and between_fp8 more for a product
+    in FP8. message: processor time of an exchange or a message. pace: seconds of calibration's yardstick when all this
+    was measured (`launch.calibrate.pace`). paces: how many times as long everything takes on each core; 1 unless told.
     """
 
     count: int
     together: float
     between: float
     message: Link
+    crowded: float = 1.0
+    between_fp8: float = 0.0
     pace: float = 0.0
+    paces: tuple[float, ...] = ()
+
+    def python(self, key: str) -> float:
+        """Seconds that Python takes for an operator beside it; key: `operator_key`."""
+        return self.between + (self.between_fp8 if key.endswith(".fp8") else 0.0)
 
 
 @dataclass(frozen=True)
@@ -139,8 +147,9 @@ class Sheet:
     def seconds(self, cost: Cost, name: str, sms: int | None = None) -> float:
         """How long an operator takes on `sms` of the SMs (all, unless told)."""
         sms = sms or self.sms
-        if measured := self.operators.get(operator_key(name, cost)):
-            return measured.seconds(cost) * self.sms / sms + (self.cores.between if self.cores else 0.0)
+        key = operator_key(name, cost)
+        if measured := self.operators.get(key):
+            return measured.seconds(cost) * self.sms / sms + (self.cores.python(key) if self.cores else 0.0)
         if cost.products and cost.unit in self.products:
             curve = self.products[cost.unit]
             return sum(curve.seconds(product, sms) for product in cost.products)

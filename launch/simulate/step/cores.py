@@ -2,8 +2,9 @@
 
 As in `engine`, an instruction begins when its rank has ended the one before and what it needs has arrived, and its race
 says what it takes. But ranks that compute at the same time slow each other: while there are more of them than cores,
-each gets an equal part, and while all cores are busy each is slower by what they have in common. A rank that waits for
-an exchange or a message takes no part. Sending and receiving cost a core's time, too.
+each gets an equal part, and while all cores are busy each is slower by what they have in common. Cores may have paces
+of their own. A rank that waits for an exchange or a message takes no part. Sending and receiving cost a core's time,
+too.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,8 +22,20 @@ LITTLE = 1e-9  # seconds
 
 def speed(cores: Cores, busy: int) -> float:
     """What each of so many busy processes gets, as a part of the speed that one has alone."""
-    crowd = (min(busy, cores.count) - 1) / max(cores.count - 1, 1)
-    return min(1.0, cores.count / max(busy, 1)) / (1 + (cores.together - 1) * max(crowd, 0.0))
+    if busy > cores.count:
+        return cores.count / busy / max(cores.together, cores.crowded)
+    return 1 / (1 + (cores.together - 1) * max(0, busy - 1) / max(cores.count - 1, 1))
+
+
+def own_speed(cores: Cores, ranks: int, width: int) -> list[float]:
+    """How fast each of `ranks` is if nobody slows it: as the slowest core that one of its `width` replicas has.
+
+    If there are more processes than cores, nobody keeps one, and all are as fast as the cores are on average.
+    """
+    paces = cores.paces or (1.0,) * cores.count
+    if ranks * width > cores.count:
+        return [sum(1 / pace for pace in paces) / len(paces)] * ranks
+    return [1 / max(paces[rank * width : (rank + 1) * width]) for rank in range(ranks)]
 
 
 def run(program: Program, stages: Mapping[int, StageWork], sheet: Sheet, width: int) -> Timeline:
@@ -43,6 +56,7 @@ def run(program: Program, stages: Mapping[int, StageWork], sheet: Sheet, width: 
         return 0 if source == target else stages[message[1]].message or stages[0].message
 
     def raced(instruction: Instruction) -> tuple[Race, float]:
+        """Its race, and a core's time that its exchanges take."""
         works = [stages[stage].passes[kind] for kind, stage, _ in passes(instruction)[::-1]]
         key = tuple(map(id, works))
         if key not in races:
@@ -71,6 +85,7 @@ def run(program: Program, stages: Mapping[int, StageWork], sheet: Sheet, width: 
 
     lives = {rank: life(rank) for rank in range(program.ranks)}
     tasks: dict[int, Task] = dict.fromkeys(lives, ("stall", 0.0))
+    own = own_speed(cores, program.ranks, width)
 
     def advance(rank: int) -> None:
         while task := next(lives[rank], None):
@@ -81,12 +96,12 @@ def run(program: Program, stages: Mapping[int, StageWork], sheet: Sheet, width: 
 
     while tasks:
         each = speed(cores, width * sum(kind == "work" for kind, _ in tasks.values()))
-        rates = {"work": each, "stall": 1.0}
-        step = min(left - now if kind == "wait" else left / rates[kind] for kind, left in tasks.values())
+        rates = {rank: each * own[rank] if kind == "work" else 1.0 for rank, (kind, _) in tasks.items()}
+        step = min(left - now if kind == "wait" else left / rates[rank] for rank, (kind, left) in tasks.items())
         now += step
         for rank, (kind, left) in list(tasks.items()):
             if kind != "wait":
-                tasks[rank] = kind, left - step * rates[kind]
+                tasks[rank] = kind, left - step * rates[rank]
             if (left - now if kind == "wait" else tasks[rank][1]) <= LITTLE:
                 advance(rank)
         while waiting := [rank for rank, task in tasks.items() if task == ("wait", inf)]:

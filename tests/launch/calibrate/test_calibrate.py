@@ -10,7 +10,7 @@ from kernels.ops import Cost, Product
 from launch.calibrate import document, fitting, operators
 from launch.calibrate.pace import Pace
 from launch.simulate.cluster import sheet
-from launch.simulate.cluster.sheet import Line
+from launch.simulate.cluster.sheet import Cores, Line, Link
 from parallel.errors import UserError
 
 TRUE = Line(2e-6, 3e-6, 1e-11, 2e-10)
@@ -44,7 +44,19 @@ def test_every_operator_of_a_model_is_measured_under_the_name_by_which_it_is_pri
     operators.measure_model(found, "fp8", (128, 128, 8, 256), Pace(device), device, repeats=2)
     assert {"fp8_linear.fp8", "fp8_grouped_wgrad.fp8", "causal_attention_forward", "fp8_quantize"} <= found.rows.keys()
     assert all(seconds > 0 for rows in found.rows.values() for _, seconds in rows)
-    assert len(found.gaps) == 1
+    ((operators_run, in_fp8, _),) = found.gaps
+    assert operators_run > in_fp8 > 0
+
+
+def test_python_between_operators_is_told_apart_from_that_of_fp8() -> None:
+    each, more = 3e-5, 1e-4
+    passes = [(300, 0), (450, 100), (900, 250)]
+    found = fitting.python([(count, in_fp8, count * each + in_fp8 * more) for count, in_fp8 in passes])
+    assert found == pytest.approx((each, more))
+    assert fitting.python([(300, 0, 0.0)]) == (0.0, 0.0)
+    cores = Cores(2, 1.0, each, Link(1e9, 0.0), between_fp8=more)
+    assert cores.python("mm.bf16") == pytest.approx(each)
+    assert cores.python("fp8_linear.fp8") == pytest.approx(each + more)
 
 
 def test_the_yardstick_is_told_in_what_it_usually_takes() -> None:

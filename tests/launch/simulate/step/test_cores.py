@@ -42,6 +42,7 @@ def test_busy_cores_are_slower_together() -> None:
     assert cores.speed(Cores(4, 1.5, 0.0, AT_ONCE), 1) == 1
     assert cores.speed(Cores(4, 1.5, 0.0, AT_ONCE), 4) == pytest.approx(1 / 1.5)
     assert cores.speed(Cores(4, 1.5, 0.0, AT_ONCE), 8) == pytest.approx(0.5 / 1.5)
+    assert cores.speed(Cores(4, 1.5, 0.0, AT_ONCE, crowded=2.0), 8) == pytest.approx(0.5 / 2.0)
     assert cores.speed(Cores(1, 1.0, 0.0, AT_ONCE), 2) == 0.5
 
 
@@ -51,3 +52,27 @@ def test_sending_and_receiving_take_a_cores_time() -> None:
     free = cores.run(program, stages, machine(1), 1).seconds
     paid = cores.run(program, stages, machine(1, message=Link(float("inf"), 0.25)), 1).seconds
     assert paid - free == pytest.approx(0.25 * 2 * 2 * 4)  # both sides, forwards and backwards, four micro-batches
+
+
+def test_ranks_are_as_fast_as_the_cores_that_they_keep() -> None:
+    program = schedule.build("1f1b", 2, 4)
+    stages = {number: stage() for number in range(2)}
+    alike = cores.run(program, stages, machine(2), 1)
+
+    def paced(count: int, *paces: float) -> Sheet:
+        return dataclasses.replace(UNIT, cores=Cores(count, 1.0, 0.0, AT_ONCE, paces=paces))
+
+    both = cores.run(program, stages, paced(2, 1.5, 1.5), 1)
+    assert both.seconds == pytest.approx(1.5 * alike.seconds)
+    one = cores.run(program, stages, paced(2, 1.0, 1.5), 1)
+    assert alike.seconds < one.seconds < both.seconds
+    fast, slow = (sum(slot.end - slot.begin for slot in row) for row in one.ranks)
+    assert slow == pytest.approx(1.5 * fast)
+
+
+def test_replicas_wait_for_the_slowest_core_and_a_crowd_has_all_of_them() -> None:
+    unlike = Cores(4, 1.0, 0.0, AT_ONCE, paces=(1.0, 2.0, 1.0, 4.0))
+    assert cores.own_speed(unlike, 4, 1) == [1, 1 / 2, 1, 1 / 4]
+    assert cores.own_speed(unlike, 2, 2) == [1 / 2, 1 / 4]
+    assert cores.own_speed(unlike, 4, 2) == [(1 + 1 / 2 + 1 + 1 / 4) / 4] * 4
+    assert cores.own_speed(Cores(2, 1.0, 0.0, AT_ONCE), 2, 1) == [1, 1]
