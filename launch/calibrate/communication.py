@@ -21,7 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from kernels.ops import Cost
 from launch.calibrate.model import Model, Sizes
+from launch.calibrate.operators import REPEATS, Stopwatch, usual
 from launch.calibrate.pace import Pace
 
 SHARED: tuple[tuple[str, Sizes], ...] = (  # models whose experts the two have between them: precision, sizes
@@ -36,11 +38,20 @@ SECONDS = 300  # that all this may take
 
 @dataclass
 class Talk:
-    """Rows of (bytes, seconds): of exchanges, of sends, and of the processor time that exchanges take."""
+    """Rows of (bytes, seconds): of exchanges, of sends, and of the processor time that exchanges take.
+
+    operators: those of passes with exchanges, by `operator_key`: what a call costs, and its seconds.
+    """
 
     exchange: list[tuple[int, float]] = field(default_factory=list)
     send: list[tuple[int, float]] = field(default_factory=list)
     processor: list[tuple[int, float]] = field(default_factory=list)
+    operators: dict[str, list[tuple[Cost, float]]] = field(default_factory=dict)
+
+    @property
+    def links(self) -> dict[str, list[tuple[int, float]]]:
+        """The rows that there are, by what they are of."""
+        return {name: rows for name in ("exchange", "send", "processor") if (rows := getattr(self, name))}
 
 
 def measure(device: str, repeats: int, usual: float, tell: Callable[[str], None]) -> Talk:
@@ -85,9 +96,7 @@ def talk(rank: int, ranks: int, device: str, repeats: int, usual: float, store: 
             seconds = timed(partial(dist.all_to_all_single, taken, given), repeats, device)
             found.exchange.append((size * (ranks - 1) // ranks, seconds))
     for precision, sizes in SHARED if device == "cpu" else ():
-        sent, seconds, busy = in_passes(precision, sizes, pace, repeats // 2)
-        found.exchange.append((sent, seconds))
-        found.processor.append((sent, busy))
+        in_passes(found, precision, sizes, pace, repeats // 2)
     if rank == 0:
         queue.put(found)
     dist.destroy_process_group()
@@ -102,12 +111,13 @@ def back_and_forth(rank: int, given: torch.Tensor, taken: torch.Tensor) -> None:
             dist.recv(taken, 1 - rank)
 
 
-def in_passes(precision: str, sizes: Sizes, pace: Pace, repeats: int) -> tuple[int, float, float]:
-    """Bytes, seconds and processor time of an exchange in passes through a shared model, on average.
+def in_passes(found: Talk, precision: str, sizes: Sizes, pace: Pace, repeats: int) -> None:
+    """Add what an exchange in passes through a shared model takes, on average, and the operators of such a pass.
 
     The processor time is that of gloo's threads; the seconds are these and what a pass takes beyond its processor time.
     """
-    model = Model(precision, sizes, torch.device("cpu"), dist.group.WORLD)
+    device = torch.device("cpu")
+    model = Model(precision, sizes, device, dist.group.WORLD)
     model.run(nullcontext())
     model.dispatcher.log.clear()
     model.dispatcher.traffic.clear()
@@ -118,9 +128,18 @@ def in_passes(precision: str, sizes: Sizes, pace: Pace, repeats: int) -> tuple[i
         process = time.process_time() - process
         gloo.append(process - (time.thread_time() - thread))
         idle.append(time.perf_counter() - begin - process)
-    scale = repeats / len(model.dispatcher.log) / ((before + pace.slower()) / 2)
-    sent = sum(model.dispatcher.traffic.inside.values()) // len(model.dispatcher.log)
-    return sent, max((median(idle) + median(gloo)) * scale, 1e-7), max(median(gloo) * scale, 1e-7)
+    slower, exchanges = (before + pace.slower()) / 2, len(model.dispatcher.log) // repeats
+    sent = sum(model.dispatcher.traffic.inside.values()) // repeats // exchanges
+    each = (seconds / slower / exchanges for seconds in (median(idle) + median(gloo), median(gloo)))
+    for rows, seconds in zip((found.exchange, found.processor), each, strict=True):
+        rows.append((sent, max(seconds, 1e-7)))
+    watched = []
+    for _ in range(REPEATS):
+        watch, before = Stopwatch(device), pace.slower()
+        model.run(watch)
+        watched.append(watch.seconds((before + pace.slower()) / 2))
+    for key, cost, seconds in usual(watched):
+        found.operators.setdefault(key, []).append((cost, seconds))
 
 
 def timed(call: Callable[[], None], repeats: int, device: str) -> float:

@@ -45,13 +45,14 @@ def measure(quick: bool, tell: Callable[[str], None]) -> tuple[dict[str, Any], d
     torch.set_num_threads(1)
     pace = Pace(device)
     found = operators.measure(device, quick, pace, tell)
-    fits: dict[str, Fit[Any]] = {f"operators.{key}": line(rows) for key, rows in sorted(found.rows.items())}
     moved, spread = optimizer.measure(device, 3 if quick else 7, pace)
     tell(f"the optimizer touches {moved / 1e9:.2f} GB a second")
     talk = communication.Talk()
     if not on_gpu or torch.cuda.device_count() > 1:
         talk = communication.measure(device.type, 5 if quick else 25, pace.usual, tell)
-    fits |= {name: link(rows) for name, rows in asdict(talk).items() if rows}
+    rows = talk.operators | found.rows
+    fits: dict[str, Fit[Any]] = {f"operators.{key}": line(rows[key]) for key in sorted(rows)}
+    fits |= {name: link(each) for name, each in talk.links.items()}
     alone = {"bytes_per_second": 1e15, "latency": 0.0}  # a machine with one GPU has nobody to talk to
     way = asdict(fits["exchange"].curve) if talk.exchange else alone
     sheet = shape(device) | {

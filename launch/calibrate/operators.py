@@ -7,7 +7,7 @@ pass takes beyond them.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import median
@@ -26,6 +26,7 @@ CPU = (128, 192, 8, 1024), (384, 320, 8, 2048), (512, 128, 16, 6144), (640, 512,
 GPU = (1024, 2048, 16, 16384), (2048, 4096, 16, 32768), (4096, 1024, 8, 65536), (7168, 4096, 8, 129280)
 PRECISIONS = {"cpu": ("fp8", "bf16", "fp32"), "cuda": ("fp8", "bf16")}
 REPEATS = 5
+Call = tuple[str, Cost, float]  # an operator by `operator_key`, what the call costs, its seconds
 
 
 @dataclass
@@ -59,6 +60,10 @@ class Stopwatch(TorchDispatchMode):
         if cost is not None:
             self.calls.append((operator_key(func._opname, cost), cost, begin, end))
         return result
+
+    def seconds(self, slower: float) -> list[Call]:
+        """What was seen, at the usual pace; slower: how far from it the machine was."""
+        return [(key, cost, _seconds(*when) / slower) for key, cost, *when in self.calls]
 
 
 def _event() -> torch.cuda.Event:
@@ -103,14 +108,17 @@ def measure_model(
         took = time.thread_time() - begin
         after = pace.slower()
         slower = (before + between) / 2
-        watched.append([(key, cost, _seconds(*when) / slower) for key, cost, *when in watch.calls])
+        watched.append(watch.seconds(slower))
         plain.append(took / ((between + after) / 2))
         before = after
-    total, in_fp8 = 0.0, 0
-    for calls in zip(*watched, strict=True):  # one call of an operator, as often as it was repeated
-        took = median(seconds for _, _, seconds in calls)
-        key, cost, _ = calls[0]
-        found.rows[key].append((cost, max(took, 1e-7)))
-        total, in_fp8 = total + took, in_fp8 + key.endswith(".fp8")
+    calls = usual(watched)
+    for key, cost, seconds in calls:
+        found.rows[key].append((cost, seconds))
     if device.type == "cpu":
-        found.gaps.append((len(watched[0]), in_fp8, max(0.0, median(plain) - total)))
+        in_fp8, total = sum(key.endswith(".fp8") for key, *_ in calls), sum(seconds for *_, seconds in calls)
+        found.gaps.append((len(calls), in_fp8, max(0.0, median(plain) - total)))
+
+
+def usual(watched: Sequence[Sequence[Call]]) -> list[Call]:
+    """The calls of a pass that was watched several times, each with the median of its seconds."""
+    return [(*each[0][:2], max(median(seconds for *_, seconds in each), 1e-7)) for each in zip(*watched, strict=True)]
