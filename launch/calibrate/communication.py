@@ -14,9 +14,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,22 +63,26 @@ def measure(device: str, repeats: int, usual: float, tell: Callable[[str], None]
     began = time.perf_counter()
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="weft-") as folder:
-        queue = spawn.SimpleQueue()
-        arguments = (ranks, device, repeats, usual, str(Path(folder) / "store"), queue)
+        receiver, sender = spawn.Pipe(duplex=False)
+        arguments = (ranks, device, repeats, usual, str(Path(folder) / "store"), sender)
         members = [spawn.Process(target=talk, args=(rank, *arguments), daemon=True) for rank in range(ranks)]
         for member in members:
             member.start()
+        sender.close()  # so that the pipe ends with the last of them
+        try:
+            found: Talk | None = receiver.recv() if receiver.poll(SECONDS) else None
+        except EOFError:
+            found = None
         for member in members:
-            member.join(SECONDS)
-        if any(member.exitcode != 0 for member in members):
+            member.join(SECONDS if found else 0)
+        if found is None or any(member.exitcode != 0 for member in members):
             raise RuntimeError("processes on this machine cannot talk to each other; weft doctor may know why")
-        found: Talk = queue.get()
     tell(f"{ranks} processes exchange and send: {time.perf_counter() - began:.1f} s")
     return found
 
 
-def talk(rank: int, ranks: int, device: str, repeats: int, usual: float, store: str, queue: Any) -> None:
-    """One of the processes; the first puts what it has seen into `queue`."""
+def talk(rank: int, ranks: int, device: str, repeats: int, usual: float, store: str, sender: Connection) -> None:
+    """One of the processes; the first sends what it has seen."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if device == "cuda":
@@ -98,7 +102,7 @@ def talk(rank: int, ranks: int, device: str, repeats: int, usual: float, store: 
     for precision, sizes in SHARED if device == "cpu" else ():
         in_passes(found, precision, sizes, pace, repeats // 2)
     if rank == 0:
-        queue.put(found)
+        sender.send(found)
     dist.destroy_process_group()
 
 
