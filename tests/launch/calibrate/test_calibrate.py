@@ -1,5 +1,6 @@
 """Curves go through what was measured, what is measured is what runs, and a machine not yet measured says so."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import yaml
 
 from kernels.ops import Cost, Product
+from launch import cli
 from launch.calibrate import document, fitting, operators
 from launch.calibrate.pace import Pace
 from launch.simulate.cluster import sheet
@@ -95,3 +97,16 @@ def test_what_is_written_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found.cores is not None and found.cores.count == 2
     assert found.seconds(Cost.of("bf16", (Product(1, 1, 256),), 1), "mm") == pytest.approx(5 + 1e-6)
     assert "residual" in yaml.safe_load(sheet.local_path().read_text())["provenance"]["operators.mm.bf16"]
+
+
+@pytest.mark.slow
+def test_a_quick_calibration_makes_a_sheet_that_prices_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WEFT_CACHE", str(tmp_path))
+    assert cli.main(["calibrate", "--quick"]) == 0
+    assert "fp8_gather_dequantize" in capsys.readouterr().out  # which runs only where experts are spread over ranks
+    assert cli.main(["simulate", "cluster=local", "parallel.expert=2", "parallel.data=2", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0.01 < found["step_seconds"] < 100
+    assert found["uncovered_shapes"] == []
