@@ -83,8 +83,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> tuple[dict[str, Any], d
     }
     if not on_gpu:
         each, more = python(found.gaps)
-        slower = together.measure(cores, tell) if cores > 1 else 1.0
-        crowded = max(slower, together.measure(2 * cores, tell))
+        slower, crowded = together.all_busy(cores, tell)
         sheet["cores"] = {
             "count": cores,
             "together": slower,

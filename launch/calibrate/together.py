@@ -18,6 +18,13 @@ from launch.calibrate.model import Model
 
 SIZES = 384, 320, 8, 2048  # width, tokens, experts, vocabulary of the pass
 SECONDS, ROUNDS = 120, 9
+MOST = 16  # processes; more would measure the machine's memory
+
+
+def all_busy(cores: int, tell: Callable[[str], None]) -> tuple[float, float]:
+    """How many times as much processor time a pass takes while all cores are busy, and while each has two processes."""
+    busy = measure(min(cores, MOST), tell) if cores > 1 else 1.0
+    return busy, max(busy, measure(2 * cores, tell)) if 2 * cores <= MOST else busy
 
 
 def measure(processes: int, tell: Callable[[str], None]) -> float:

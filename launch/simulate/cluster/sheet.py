@@ -219,7 +219,16 @@ def read(cluster: str) -> Sheet:
         raise UserError(f"cluster={cluster}: expected plain YAML; {' '.join(str(error).split())}") from None
     sheet = _fill(Sheet, found, f"cluster={cluster}")
     assert isinstance(sheet, Sheet)
+    if sheet.cores and sheet.cores.paces:
+        check_paces(sheet.cores, f"cluster={cluster}: cores: paces")
     return sheet
+
+
+def check_paces(cores: Cores, place: str) -> None:
+    """Raise `UserError` unless there is one for each core."""
+    paces = cores.paces
+    if len(paces) != cores.count or not all(isinstance(pace, int | float) and pace > 0 for pace in paces):
+        raise UserError(f"{place}: {list(paces)}, expected {cores.count} numbers above 0, one for each core")
 
 
 def _fill(kind: Any, value: Any, place: str) -> Any:
@@ -243,6 +252,8 @@ def _fill(kind: Any, value: Any, place: str) -> Any:
             raise UserError(f"{place}: {value!r}, expected a section")
         return {str(key): _fill(get_args(kind)[1], item, f"{place}.{key}") for key, item in value.items()}
     if getattr(kind, "__origin__", None) is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{place}: {value!r}, expected a list of numbers")
         return tuple(value)
     try:
         return kind(value)

@@ -97,6 +97,20 @@ def test_what_is_written_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found.cores is not None and found.cores.count == 2
     assert found.seconds(Cost.of("bf16", (Product(1, 1, 256),), 1), "mm") == pytest.approx(5 + 1e-6)
     assert "residual" in yaml.safe_load(sheet.local_path().read_text())["provenance"]["operators.mm.bf16"]
+    for paces, message in (
+        ([1.0, 1.5], None),
+        ([1.0], "2 numbers above 0"),
+        (1.5, "a list"),
+        (["fast", 1], "2 numbers"),
+    ):
+        written["cores"]["paces"] = paces
+        sheet.local_path().write_text(document.text(written))
+        if message is None:
+            cores = sheet.read("local").cores
+            assert cores is not None and cores.paces == (1.0, 1.5)
+        else:
+            with pytest.raises(UserError, match=f"cluster=local: cores: paces: .*expected {message}"):
+                sheet.read("local")
 
 
 @pytest.mark.slow
