@@ -27,6 +27,7 @@ from tests.commands import (
     until_step,
 )
 from tests.launch.test_local import Launcher
+from train.checkpoint.directory import committed
 from train.safety.lock import claim
 
 
@@ -136,7 +137,7 @@ def test_fifty_kills_at_random_times_change_nothing(workers, small, tmp_path, ca
         victim = chance.choice(sorted(ranks_of(process.pid).items()))[1]
         victim.kill()
         victim.wait(60)
-        if (run / "checkpoints").exists():
+        if committed(run / "checkpoints"):
             assert cli.main(["verify", str(run)]) == 0, capsys.readouterr().out
     finish(process, timeout=1200)
     workers(2).run(fit, [*words, "run.name=whole"], timeout=1200)
