@@ -134,7 +134,8 @@ def at_paces(guess: Result, paces: tuple[float, ...]) -> float:
     cores, slowest = guess.sheet.cores, max(paces)
     assert cores is not None
     each = (paces + paces[-1:] * cores.count)[: cores.count]
-    unlike = replace(guess.sheet, cores=replace(cores, paces=tuple(pace / slowest for pace in each)))
+    alike = {"together": 1.0, "crowded": max(1.0, cores.crowded / cores.together)}  # read while all cores are busy
+    unlike = replace(guess.sheet, cores=replace(cores, paces=tuple(pace / slowest for pace in each), **alike))
     return slowest * simulate(guess.recipe, unlike, guess.program, guess.stages).step_seconds
 
 

@@ -8,7 +8,7 @@ knows nothing of models: it answers how long an operator, an exchange or a messa
 import os
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from importlib.resources import files
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from types import UnionType
 from typing import Any, cast, get_args, get_origin, get_type_hints
@@ -227,7 +227,7 @@ def read(cluster: str) -> Sheet:
 def check_paces(cores: Cores, place: str) -> None:
     """Raise `UserError` unless there is one for each core."""
     paces = cores.paces
-    if len(paces) != cores.count or not all(isinstance(pace, int | float) and pace > 0 for pace in paces):
+    if len(paces) != cores.count or not all(isinstance(pace, int | float) and 0 < pace < inf for pace in paces):
         raise UserError(f"{place}: {list(paces)}, expected {cores.count} numbers above 0, one for each core")
 
 
